@@ -1,0 +1,35 @@
+// Which product a pair of grids gets, and with which tile: one table, a reason beside each row, testable without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "quest/types.h"
+
+namespace quest {
+
+enum class GemmFamily : int32_t { kInt8, kInt4, kPlanes, kSparse, kWeightOnly, kDequantized };
+
+std::string to_string(GemmFamily family);
+
+// The family and operand layouts of a product, from the grids alone: what a packed model stores must not depend on the machine it is made
+// on.
+struct GemmOperands {
+  GemmFamily family;
+  Layout a;  // layout that quantize writes the activation in
+  Layout w;  // layout of the stored weight
+  const char* reason;
+};
+// activation: nullptr for weight-only. sparsity: of the weight.
+GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity);
+
+// The CUDA kernel variant and tile for one problem.
+struct GemmTile {
+  int32_t block_m, block_n, block_k;  // block_k in stored elements
+  int32_t split_k;                    // thread blocks that share one output tile along K
+  const char* kernel;                 // name of the variant
+  const char* reason;
+};
+GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
+
+}  // namespace quest
