@@ -1,11 +1,13 @@
 """One harness for every benchmark: `python bench/run.py [CASE ...] [--device cpu|cuda] [--out DIR]`.
 
-A case is one operation at several shapes, run by several backends in the same process. For each shape the harness first checks quest's result against
-the float64 definition, then times every backend: buffers are rotated past the last-level cache, rounds of all backends are interleaved so that a
-drift of the machine's speed meets all of them, and the median and the spread (interquartile range over median) are kept. Rows go to
-DIR/CASE.csv, stamped with processor, driver, versions and commit.
+A case is one operation at several shapes, run by several backends in the same process. For each shape the harness
+first checks quest's result against the float64 definition, then times every backend: buffers are rotated past the
+last-level cache, rounds of all backends are interleaved so that a drift of the machine's speed meets all of them, and
+the median and the spread (interquartile range over median) are kept. Rows go to DIR/CASE.csv, stamped with processor,
+driver, versions and commit.
 
-Limits come from the same run: `copy` (bytes read + written per second of a plain copy) bounds the bytes; on a CPU no arithmetic ceiling is claimed.
+The limit comes from the same run: `copy` (bytes read + written per second of a plain copy) bounds the bytes. On a CPU
+no arithmetic ceiling is claimed.
 """
 
 from __future__ import annotations
@@ -29,16 +31,17 @@ import quest
 from quest import _C, reference
 
 COLUMNS = (
-    "case,backend,shape,dtype,M,N,K,time_us,spread_pct,tops,gbps,limit_us,share_of_limit,x_bf16,x_fp32,"
-    "gpu,driver,cpu,isa,threads,torch,cuda,commit"
-).split(",")
+    *("case", "backend", "shape", "dtype", "M", "N", "K", "time_us", "spread_pct", "tops", "gbps"),
+    *("limit_us", "share_of_limit", "x_bf16", "x_fp32"),
+    *("gpu", "driver", "cpu", "isa", "threads", "torch", "cuda", "commit"),
+)
 ROUNDS = 15
 BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 256 << 20}  # rotated through: well past any last-level cache
 
 
 @dataclass
 class Problem:
-    """One shape of a case: its backends (name -> function of a buffer index), its work, and the check of quest's result."""
+    """One shape of a case: its backends (name -> function of a buffer index), its work, and the check of the result."""
 
     shape: str
     dtype: str
@@ -93,7 +96,7 @@ def hadamard_problems(device: str) -> Iterator[Problem]:
 
 
 def eager_quantize(x: torch.Tensor, matrix: torch.Tensor, alpha: float) -> tuple[torch.Tensor, ...]:
-    """The same quantization in eager torch: rotation as a product with the 128 x 128 matrix, as the paper's training code does."""
+    """The same in eager torch: rotation as a product with the 128 x 128 matrix, as the paper's training code does."""
     n = 16
     rotated = (x.view(*x.shape[:-1], -1, 128) @ matrix).view_as(x)
     sigma = rotated.float().square().mean(-1, keepdim=True).sqrt()
@@ -137,7 +140,7 @@ SEVEN_B_LAYERS = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
 def gemm_problems(
     weight: str, activation: str, sparsity: str = "none", quantize: bool = False
 ) -> Callable[[str], Iterator[Problem]]:
-    """Products of a [M, K] activation and a [N, K] weight; `quantize` includes the activation's quantization (`linear`)."""
+    """Products of a [M, K] activation and a [N, K] weight; `quantize` includes the activation's (`linear`)."""
 
     def problems(device: str) -> Iterator[Problem]:
         layers = [(4096, 4096)] if device == "cpu" else PAPER_LAYERS + SEVEN_B_LAYERS
@@ -284,17 +287,17 @@ def stamp(device: str) -> dict[str, object]:
 def rows_of(case: str, problem: Problem, bandwidth: float, common: dict[str, object]) -> Iterator[dict[str, object]]:
     limit_us = problem.bytes / bandwidth * 1e6
     for backend, (time_us, spread) in problem.results.items():
-        row: dict[str, object] = {
-            "case": case, "backend": backend, "shape": problem.shape, "dtype": problem.dtype, "M": problem.m, "N": problem.n, "K": problem.k,
-            "time_us": f"{time_us:.2f}", "spread_pct": f"{spread:.1f}", "tops": f"{problem.operations / time_us * 1e-6:.3f}",
-            "gbps": f"{problem.bytes / time_us * 1e-3:.1f}", "limit_us": f"{limit_us:.2f}", "share_of_limit": f"{limit_us / time_us:.3f}",
-        }  # fmt: skip
+        row: dict[str, object] = {"case": case, "backend": backend, "shape": problem.shape, "dtype": problem.dtype}
+        row |= {"M": problem.m, "N": problem.n, "K": problem.k}
+        row |= {"time_us": f"{time_us:.2f}", "spread_pct": f"{spread:.1f}"}
+        row |= {"tops": f"{problem.operations / time_us * 1e-6:.3f}", "gbps": f"{problem.bytes / time_us * 1e-3:.1f}"}
+        row |= {"limit_us": f"{limit_us:.2f}", "share_of_limit": f"{limit_us / time_us:.3f}"}
         for column, peer in (("x_bf16", "torch_bf16"), ("x_fp32", "torch_fp32")):
             row[column] = f"{problem.results[peer][0] / time_us:.3f}" if peer in problem.results else ""
         yield {**row, **common}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", nargs="*", help=f"default: all of {', '.join(CASES)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -307,9 +310,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     bandwidth, common = copy_bandwidth(arguments.device), stamp(arguments.device)
-    print(
-        f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, {common['gpu'] or common['cpu']}, isa {common['isa']}, {common['threads']} threads"
-    )
+    machine = f"{common['gpu'] or common['cpu']}, isa {common['isa']}, {common['threads']} threads"
+    print(f"{machine}, copy bandwidth {bandwidth / 1e9:.1f} GB/s")
     for case in arguments.case or CASES:
         rows = []
         for problem in CASES[case](arguments.device):
@@ -328,6 +330,7 @@ def main() -> None:
             writer.writerows(rows)
         os.replace(temporary, path)
         print(f"wrote {path}")
+    return 0
 
 
 if __name__ == "__main__":
