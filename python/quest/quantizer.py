@@ -1,7 +1,7 @@
 """What a quantizer is: four independent choices, written as one string; and which quantizers a model's layers get.
 
-A quantizer is a rotation, a grid, a sparsity and an estimator (QuEST, arXiv 2502.05003, section 3). Its string means the same here, in
-torch.ops.quest.*, in C++, on the command line and in the metadata of a packed model:
+A quantizer is a rotation, a grid, a sparsity and an estimator (QuEST, arXiv 2502.05003, section 3). Its string means
+the same here, in torch.ops.quest.*, in C++, on the command line and in the metadata of a packed model:
 
     GRID[BITS]-ROTATION[-4:8]-ESTIMATOR[BOUND][-original]
     int4-hadamard-trust   int1-hadamard-clip1.3   fp4-none-ste   int4-hadamard-4:8-trust   ternary-none-clip
@@ -10,13 +10,11 @@ torch.ops.quest.*, in C++, on the command line and in the metadata of a packed m
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, get_args
 
 GridKind = Literal["int", "int_zero", "fp4", "gauss", "ternary"]
@@ -46,12 +44,13 @@ def _expected_one_of(what: str, value: object, known: Iterable[str]) -> str:
 class Quantizer:
     """One quantizer. `str(q)` and `Quantizer.parse` are inverse of each other.
 
-    grid, bits   the levels, in units of the row's scale: `int` 1-8 bits (the paper's), `int_zero` 2-8 (integers, zero among
-                 them), `fp4` (E2M1; bits=4), `gauss` 2-8 (Lloyd-Max levels of N(0,1)), `ternary` ({-1, 0, 1}; bits=2)
-    rotation     `hadamard`: blockwise along the last dimension, block 128 or the largest power of two that divides it; or `none`
+    grid, bits   the levels, in units of the row's scale: `int` of 1-8 bits (the paper's), `int_zero` 2-8 (zero is a
+                 level), `fp4` (E2M1; bits=4), `gauss` 2-8 (Lloyd-Max levels of N(0,1)), `ternary` (bits=2)
+    rotation     `hadamard`: blocks of the last dimension, of 128 or the largest power of two that divides it; or `none`
     sparsity     `4:8`: of 4 adjacent pairs of values the 2 of smallest L2 norm become 0; or `none`
     estimator    which gradients pass: `trust` |x_hat - x| <= T sigma, `clip` |x| <= k * top level, `ste` all
-    bound        the T of trust (in row rms) or the k of clip; None: the default (half a step; 1, and at 1 bit 1.30 rotated, 1.25 not)
+    bound        the T of trust (in units of the row's rms sigma) or the k of clip; None: the default, which is half a
+                 step for trust, and 1 for clip (at 1 bit 1.30 rotated, 1.25 not)
     output       whether x_hat stays `rotated` or is rotated back to the `original` space
 
     Raises ValueError for a part that does not exist, naming the nearest one that does.
@@ -66,7 +65,13 @@ class Quantizer:
     output: Output = "rotated"
 
     def __post_init__(self) -> None:
-        choices = {"grid": GridKind, "rotation": Rotation, "sparsity": Sparsity, "estimator": Estimator, "output": Output}
+        choices = {
+            "grid": GridKind,
+            "rotation": Rotation,
+            "sparsity": Sparsity,
+            "estimator": Estimator,
+            "output": Output,
+        }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(_expected_one_of(f"Quantizer: {name}", getattr(self, name), get_args(kind)))
@@ -74,12 +79,17 @@ class Quantizer:
         if self.bits not in allowed:
             expected = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 1 else f"{allowed[0]}"
             nearest = min(allowed, key=lambda bits: abs(bits - self.bits))
-            raise ValueError(f"Quantizer: bits: expected {expected} for grid {self.grid!r}, got {self.bits}; nearest: {nearest}")
+            raise ValueError(
+                f"Quantizer: bits: expected {expected} for grid {self.grid!r}, got {self.bits}; nearest: {nearest}"
+            )
         if self.bound is not None:
             if self.estimator == "ste":
-                raise ValueError(f"Quantizer: bound: the ste estimator has none, got {self.bound}; use trust or clip, or leave it out")
-            if not (math.isfinite(self.bound) and self.bound > 0):
-                raise ValueError(f"Quantizer: bound: expected a positive number, got {self.bound}; leave it out for the default")
+                raise ValueError(f"Quantizer: bound: the ste estimator has none, got {self.bound}; use trust or clip")
+            # Within these limits repr writes digits alone; 1e-05 would read as two parts of the string.
+            if not 1e-4 <= self.bound <= 1e4:
+                raise ValueError(
+                    f"Quantizer: bound: expected 1e-4 to 1e4, got {self.bound}; leave it out for the default"
+                )
 
     @property
     def grid_name(self) -> str:
@@ -91,13 +101,12 @@ class Quantizer:
         return self.sparsity != "none"
 
     def __str__(self) -> str:
-        # Positional digits, never 1e-08: a minus sign separates parts.
-        bound = "" if self.bound is None else f"{Decimal(repr(float(self.bound))):f}"
+        bound = "" if self.bound is None else repr(float(self.bound))
         parts = [self.grid_name, self.rotation, self.sparsity if self.sparse else "", self.estimator + bound]
         return "-".join([part for part in parts if part] + (["original"] if self.output == "original" else []))
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(text: str) -> Quantizer:
         """The quantizer that `text` names. A grid alone, such as "int4", is short for "int4-hadamard-trust"; "int1" for
         "int1-hadamard-clip", which is what trains best at one bit (paper, section 4.2).
@@ -105,7 +114,7 @@ class Quantizer:
         Raises ValueError naming the part that was not understood and the nearest that would be.
         """
         parts = text.split("-")
-        grid, bits = _parse_grid(parts.pop(0), text)
+        grid, bits = _parse_grid(parts.pop(0), f"quantizer {text!r}: grid")
         if not parts:
             return Quantizer(grid, bits, estimator="clip" if (grid, bits) == ("int", 1) else "trust")
 
@@ -130,13 +139,18 @@ class Quantizer:
             raise ValueError(f"quantizer {text!r}: {error}") from None
 
 
-def _parse_grid(word: str, text: str) -> tuple[GridKind, int]:
+def grid_bits(grid: str) -> int:
+    """Bits of a code of a grid such as "int4" or "fp4"."""
+    return _parse_grid(grid, "grid")[1]
+
+
+def _parse_grid(word: str, what: str) -> tuple[GridKind, int]:
     names: dict[str, tuple[Any, int]] = {}
     for kind, allowed in _BITS.items():
         for bits in allowed:
             names[kind if len(allowed) == 1 else f"{kind}{bits}"] = (kind, bits)
     if word not in names:
-        raise ValueError(_expected_one_of(f"quantizer {text!r}: grid", word, names))
+        raise ValueError(_expected_one_of(what, word, names))
     return names[word]
 
 
@@ -166,11 +180,12 @@ class LinearQuantizers:
 class QuantConfig:
     """Which linear layers of a model are quantized, and how.
 
-    weight, activation   quantizer (or its string) of the weight and of the layer's input; None or "none": not quantized
-    include, exclude     shell patterns over full module names ("blocks.*.mlp.*"): quantized is what an include pattern matches and
-                         no exclude pattern does. Embeddings and the language-model head are excluded unless said otherwise.
-    overrides            pattern -> {"weight": ..., "activation": ...}, replacing what it names for the modules it matches, or None to
-                         leave them real. The first matching pattern counts, and counts before include and exclude.
+    weight, activation   quantizer (or its string) of the weight and of the layer's input; None or "none": real
+    include, exclude     shell patterns over full module names ("blocks.*.mlp.*"): quantized is what an include pattern
+                         matches and no exclude pattern does. By default embeddings and the lm_head are excluded.
+    overrides            pattern -> {"weight": ..., "activation": ...}, replacing what it names for the modules it
+                         matches, or None to leave them real. The first matching pattern counts, and counts before
+                         include and exclude.
     """
 
     weight: QuantizerLike = "int4"
@@ -198,7 +213,9 @@ class QuantConfig:
             raise ValueError(f"QuantConfig: overrides[{pattern!r}]: expected a mapping or None, got {value!r}")
         for key in value:
             if key not in ("weight", "activation"):
-                raise ValueError(_expected_one_of(f"QuantConfig: overrides[{pattern!r}]", key, ("weight", "activation")))
+                raise ValueError(
+                    _expected_one_of(f"QuantConfig: overrides[{pattern!r}]", key, ("weight", "activation"))
+                )
         return {key: as_quantizer(item) for key, item in value.items()}
 
     def quantizers_for(self, name: str) -> LinearQuantizers | None:

@@ -1,18 +1,21 @@
-"""The definition of every operation in float64 torch: what the kernels are tested against, and the shortest way to read the method.
+"""The definition of every operation in float64 torch: what the kernels are tested against, and the shortest way to
+read the method.
 
-    x_h = x H;  sigma = rms(row);  code c and scale s by the grid;  x_hat = s v(c);  dx = (g M) H^T with M by the estimator
+    x_h = x H;  sigma = rms(row);  code c and scale s by the grid;  x_hat = s v(c);  dx = (g M) H^T with M by the
+    estimator
 
-Rows are everything but the last dimension: one row is one token or one output channel of a weight. Source: QuEST, arXiv 2502.05003,
-section 3; the constants ALPHA are the paper's.
+Rows are everything but the last dimension: one row is one token or one output channel of a weight. Source: QuEST,
+arXiv 2502.05003, section 3; the constants ALPHA are the paper's.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quest.quantizer import Quantizer
@@ -38,7 +41,7 @@ ROW_ALIGNMENT = 16  # bytes; packed rows are padded to it
 # ---- rotation ----
 
 
-@lru_cache(maxsize=None)
+@cache
 def hadamard_matrix(n: int) -> Tensor:
     """The Sylvester Hadamard matrix over sqrt(n), [n, n]: symmetric and its own inverse."""
     h = torch.ones(1, 1, dtype=torch.float64)
@@ -55,16 +58,16 @@ def default_block(k: int) -> int:
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     """x blockdiag(H/sqrt(B)) along the last dimension, [*, K] -> [*, K]. Differentiable."""
     block = block or default_block(x.shape[-1])
-    return (x.double().unflatten(-1, (-1, block)) @ hadamard_matrix(block).to(x.device)).flatten(-2)
+    return (x.double().reshape(*x.shape[:-1], -1, block) @ hadamard_matrix(block).to(x.device)).flatten(-2)
 
 
 # ---- grids ----
 
 
-@lru_cache(maxsize=None)
+@cache
 def gauss_levels(bits: int) -> Tensor:
     """Lloyd-Max levels of N(0,1), ascending: 20 sweeps of level = E(x | x in its cell) from linspace(-3, 3, 2^bits)."""
-    levels = torch.linspace(-3, 3, 2**bits, dtype=torch.float64)
+    levels = torch.linspace(-3, 3, 1 << bits, dtype=torch.float64)
     infinity = torch.tensor([math.inf], dtype=torch.float64)
     for _ in range(20):
         edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
@@ -75,7 +78,7 @@ def gauss_levels(bits: int) -> Tensor:
 
 def levels(q: Quantizer) -> Tensor:
     """v of every code, [level_count] float64; x_hat = s v. Integers for all grids but gauss."""
-    n = 2**q.bits
+    n = 1 << q.bits
     if q.grid == "int":
         return 2 * torch.arange(n, dtype=torch.float64) - (n - 1)
     if q.grid == "int_zero":
@@ -90,7 +93,7 @@ def levels(q: Quantizer) -> Tensor:
 
 def row_scale(q: Quantizer, sigma: Tensor) -> Tensor:
     """s of rows whose root mean square is sigma."""
-    n = 2**q.bits
+    n = 1 << q.bits
     if q.grid == "int":
         return (ALPHA[q.bits] * sigma + SCALE_EPSILON) / (n - 1)
     factor = {"int_zero": 2 * ALPHA[q.bits] / n, "fp4": FP4_SCALE / 2, "ternary": TERNARY_STEP, "gauss": 1.0}
@@ -98,8 +101,9 @@ def row_scale(q: Quantizer, sigma: Tensor) -> Tensor:
 
 
 def nearest_codes(q: Quantizer, x: Tensor, scale: Tensor) -> Tensor:
-    """The code of x, [*, K] int64, for row scales [*, 1]. Integer grids round ties to even, as the paper's code does."""
-    n = 2**q.bits
+    """The code of x, [*, K] int64, for row scales [*, 1]. Integer grids round ties to even, as the paper's code
+    does."""
+    n = 1 << q.bits
     z = torch.where(scale > 0, x / scale, 0.0)  # an all-zero row of a grid without epsilon has scale 0
     if q.grid == "int":
         return (torch.round(z.clamp(-(n - 1), n - 1) / 2 + 0.5) + n // 2 - 1).long()
@@ -113,8 +117,9 @@ def nearest_codes(q: Quantizer, x: Tensor, scale: Tensor) -> Tensor:
 
 
 def kept(x: Tensor) -> Tensor:
-    """4:8 sparsity: of every 4 adjacent pairs the 2 of largest L2 norm, [*, K] -> bool [*, K]. Of equal pairs the earlier stays."""
-    norms = x.unflatten(-1, (-1, 4, 2)).square().sum(-1)
+    """4:8 sparsity: of every 4 adjacent pairs the 2 of largest L2 norm, [*, K] -> bool [*, K]. Of equal pairs the
+    earlier stays."""
+    norms = x.reshape(*x.shape[:-1], -1, 4, 2).square().sum(-1)
     order = norms.argsort(dim=-1, descending=True, stable=True)
     pairs = torch.zeros_like(norms, dtype=torch.bool).scatter(-1, order[..., :2], True)
     return pairs.repeat_interleave(2, dim=-1).flatten(-2)
@@ -136,7 +141,7 @@ def default_bound(q: Quantizer) -> float:
         one_bit = (q.grid, q.bits) == ("int", 1)
         return (1.30 if q.rotation == "hadamard" else 1.25) if one_bit else 1.0
     if q.grid in ("int", "int_zero"):
-        return ALPHA[q.bits] / (2**q.bits - 1)
+        return ALPHA[q.bits] / ((1 << q.bits) - 1)
     if q.grid == "ternary":
         return TERNARY_STEP / 2
     top = gauss_levels(4 if q.grid == "fp4" else q.bits)[-2:]
@@ -152,7 +157,7 @@ def gradient_mask(q: Quantizer, x_h: Tensor, x_hat: Tensor, sigma: Tensor, scale
     if q.estimator == "clip":
         return x_h.abs() <= bound * (clip_limit(q) * sigma + epsilon)
     if q.grid == "int" and q.bound is None and not q.sparse:
-        return x_h.abs() <= 2**q.bits * scale  # |x_hat - x_h| <= half a step, without the rounding of a difference
+        return x_h.abs() <= (1 << q.bits) * scale  # |x_hat - x_h| <= half a step, without the rounding of a difference
     return (x_hat - x_h).abs() <= bound * sigma
 
 
@@ -196,7 +201,8 @@ def fake_quantize(x: Tensor, q: Quantizer) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Quantizer | None, w: Quantizer | None) -> Tensor:
-    """y = x_hat w_hat^T + bias in float64, differentiable: what QuestLinear computes. Each side in the original space."""
+    """y = x_hat w_hat^T + bias in float64, differentiable: what QuestLinear computes. Each side in the original
+    space."""
 
     def hat(t: Tensor, q: Quantizer | None) -> Tensor:
         if q is None:
@@ -217,12 +223,12 @@ def integer_product(a: Tensor, w: Tensor) -> Tensor:
 
 
 def _pad_rows(data: Tensor) -> Tensor:
-    return torch.nn.functional.pad(data, (0, -data.shape[-1] % ROW_ALIGNMENT))
+    return F.pad(data, (0, -data.shape[-1] % ROW_ALIGNMENT))
 
 
 def pack_bits(bits: Tensor) -> Tensor:
     """0/1 [*, K] -> uint8 [*, ceil(K/8) padded to 16]: eight a byte, lowest first."""
-    groups = torch.nn.functional.pad(bits.long(), (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    groups = F.pad(bits.long(), (0, -bits.shape[-1] % 8)).reshape(*bits.shape[:-1], -1, 8)
     return _pad_rows((groups << torch.arange(8, device=bits.device)).sum(-1).to(torch.uint8))
 
 
@@ -243,7 +249,7 @@ def unpack_planes(planes: Tensor, k: int) -> Tensor:
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """4-bit codes [*, K] -> uint8 [*, ceil(K/2) padded to 16]: the even column in the low half."""
-    pairs = torch.nn.functional.pad(codes.long(), (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2))
+    pairs = F.pad(codes.long(), (0, codes.shape[-1] % 2)).reshape(*codes.shape[:-1], -1, 2)
     return _pad_rows((pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8))
 
 
@@ -253,8 +259,9 @@ def unpack_nibbles(data: Tensor, k: int) -> Tensor:
 
 
 def pack_index(keep: Tensor) -> Tensor:
-    """4:8 pattern bool [*, K] -> uint8 [*, ceil(K/16) padded to 16]: for every 8 values p0 | p1 << 2, two such nibbles a byte."""
-    pairs = keep.unflatten(-1, (-1, 4, 2))[..., 0]
+    """4:8 pattern bool [*, K] -> uint8 [*, ceil(K/16) padded to 16]: for every 8 values p0 | p1 << 2, two such
+    nibbles a byte."""
+    pairs = keep.reshape(*keep.shape[:-1], -1, 4, 2)[..., 0]
     kept_pairs = pairs.nonzero()[:, -1].reshape(*pairs.shape[:-1], 2)
     return pack_nibbles(kept_pairs[..., 0] | kept_pairs[..., 1] << 2)
 

@@ -130,7 +130,7 @@ def rotary_table(first: int, count: int, width: int, theta: float, device: torch
 
 def rotate_pairs(x_BHSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns neighbouring pairs (x₀, x₁), (x₂, x₃), … by the angles of their positions, in float32."""
-    even, odd = x_BHSE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x_BHSE[..., 0::2].float(), x_BHSE[..., 1::2].float()
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x_BHSE.dtype)
 
@@ -147,7 +147,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        heads = self.qkv(x_BSD).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        batch, count, _ = x_BSD.shape
+        heads = self.qkv(x_BSD).view(batch, count, -1, self.head_width).transpose(1, 2)
         q_BHSE, k_BGSE, v_BGSE = heads.split(self.heads, dim=1)
         q_BHSE = rotate_pairs(q_BHSE, cos, sin)
         k_BGTE, v_BGTE = rotate_pairs(k_BGSE, cos, sin), v_BGSE

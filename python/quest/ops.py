@@ -1,0 +1,327 @@
+"""torch.ops.quest.* as typed functions, with the fake implementations and gradients that torch.compile and autograd
+need.
+
+The kernels live in the C++ libraries that importing quest._C loads; this file adds to each operation what it means
+(docstring), which shapes it gives (fake), and its gradient where it has one (hadamard: itself). All operations are
+functional, run on CPU and CUDA, and take a quantizer or a grid as its string (quest.Quantizer). Shapes: K is the
+last dimension of a matrix of codes, * all leading ones.
+
+Layouts of codes, by rows of K integers; packed rows are padded with zero bytes to 16:
+    codes    uint8 [*, K]                      one code a byte
+    values   int8  [*, K]                      the integer value v (at 8 bits: code - 128)
+    packed   uint8 [*, packed_row_bytes(K)]    two 4-bit codes a byte, the even column in the low half
+    planes   uint8 [bits, *, plane_row_bytes(K)]  plane j holds bit j of every code, eight columns a byte, lowest first
+A 4:8 sparse quantizer stores its K/2 kept codes (values: all K, the pruned ones 0) and their index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from quest.quantizer import Quantizer, grid_bits
+
+try:
+    import quest._C  # noqa: F401  loads the libraries that register torch.ops.quest.*
+except ImportError as error:
+    raise ImportError(
+        f"quest: the compiled extension quest._C cannot be imported ({error}). Build and install the package with "
+        "`pip install .` (or `make`) in its source tree, for the torch that is installed now."
+    ) from error
+
+Layout = Literal["codes", "values", "packed", "planes"]
+Family = Literal["int8", "int4", "planes"]
+
+
+def packed_row_bytes(k: int) -> int:
+    """Bytes of a row of k packed 4-bit codes."""
+    return ((k + 1) // 2 + 15) // 16 * 16
+
+
+def plane_row_bytes(k: int) -> int:
+    """Bytes of a row of k bits: of one plane, or of a mask."""
+    return ((k + 7) // 8 + 15) // 16 * 16
+
+
+def index_row_bytes(k: int) -> int:
+    """Bytes of the 4:8 index of a row of k values."""
+    return ((k + 15) // 16 + 15) // 16 * 16
+
+
+class Codes(NamedTuple):
+    """What quantize gives for x [*, K]."""
+
+    codes: Tensor  # by layout
+    scale: Tensor  # float32 [*]
+    code_sum: Tensor  # int32 [*], sum of the stored codes
+    mask: Tensor  # uint8 [*, plane_row_bytes(K)], bit set: the gradient passes; [0] when not asked for
+    pair_index: Tensor  # uint8 [*, index_row_bytes(K)] of a 4:8 sparse quantizer, else [0]
+
+
+def hadamard(x: Tensor, block: int | None = None) -> Tensor:
+    """x blockdiag(H/sqrt(B)), Sylvester order, along the last dimension (paper, section 3.1). Its own inverse and
+    its own gradient.
+
+    x: [*, K] float32, bfloat16 or float16; computed in float32, returned in its dtype.
+    block: a power of two up to 32768 that divides K; None: 128, or the largest power of two that divides K when 128
+    does not.
+    Raises for another block, dtype or an x without dimensions.
+    """
+    return _op("hadamard")(x, block)
+
+
+def quantize(x: Tensor, quantizer: Quantizer, layout: Layout = "codes", mask: bool = True) -> Codes:
+    """Rotation, row scale, codes, code sums and the estimator's mask in one pass over x (paper, section 3 and
+    algorithm 1).
+
+    x: [*, K] float32, bfloat16 or float16. Not differentiable: see quest.fake_quantize.
+    A row with a NaN or an infinity gets scale NaN, codes 0, code_sum 0 and mask 0.
+    Raises for layout "values" of gauss, "packed" of more than 4 bits, "planes" of 4:8, 4:8 with K not a multiple of
+    8, other dtypes.
+    """
+    return Codes(*_op("quantize")(x, str(quantizer), layout, mask))
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, index: Tensor | None, quantizer: Quantizer, layout: Layout, k: int, dtype: torch.dtype
+) -> Tensor:
+    """x_hat [*, k] in dtype: scale times level, rotated back where quantizer.output is "original".
+
+    codes, scale, index: as quantize wrote them in this layout; index None unless the quantizer is 4:8 sparse.
+    """
+    return _op("dequantize")(codes, scale, index, str(quantizer), layout, k, dtype)
+
+
+def quantize_backward(grad: Tensor, mask: Tensor, quantizer: Quantizer) -> Tensor:
+    """dx = (g M) H^T (paper, equation 4 and algorithm 1), with g the gradient at x_hat (output "original": rotated
+    first).
+
+    grad: [*, K] float32, bfloat16 or float16; mask: as quantize wrote it. Returns [*, K] in the dtype of grad.
+    """
+    return _op("quantize_backward")(grad, mask, str(quantizer))
+
+
+def pack(codes: Tensor, grid: str, layout: Literal["packed", "planes"]) -> Tensor:
+    """uint8 codes [*, K] in layout packed (up to 4 bits) or planes. Raises for a code that the grid does not have."""
+    return _op("pack")(codes, grid, layout)
+
+
+def unpack(packed: Tensor, grid: str, layout: Literal["packed", "planes"], k: int) -> Tensor:
+    """Inverse of pack: uint8 codes [*, k]."""
+    return _op("unpack")(packed, grid, layout, k)
+
+
+def gemm(
+    family: Family,
+    a: Tensor,
+    a_scale: Tensor,
+    a_sum: Tensor,
+    a_grid: str,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    w_grid: str,
+    k: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y[m, n] = scale_a[m] scale_w[n] sum_k v_a[m, k] v_w[n, k] + bias[n], the sum exact in int32: gemm_int8,
+    gemm_int4 or gemm_planes.
+
+    a, w: codes of M and N rows as quantize wrote them. int8: values (int8) or codes (uint8); int4: w packed, a
+    packed or values (int8);
+    planes: both planes, int grids of 1 to 4 bits. scale float32 and sum int32, [M] and [N]; bias float32 [N] or None.
+    dtype: float32, bfloat16 or float16, of y [M, N]. Raises where K is so large that the sum may not fit int32.
+    """
+    return _op("gemm_" + family)(a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_grid, k, bias, dtype)
+
+
+def gemm_sparse(
+    a: Tensor,
+    a_scale: Tensor,
+    a_sum: Tensor,
+    a_grid: str,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    w_index: Tensor,
+    w_grid: str,
+    k: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """gemm with a 4:8 sparse weight: w packed, K/2 kept codes a row, with their index; a dense, packed or values. 8
+    divides k."""
+    return _op("gemm_sparse")(a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_index, w_grid, k, bias, dtype)
+
+
+def gemm_weight_only(
+    x: Tensor, w: Tensor, w_scale: Tensor, w_grid: str, w_layout: Layout, bias: Tensor | None
+) -> Tensor:
+    """y = x w_hat^T + bias for real x [M, K] (rotated already if w is), accumulated in float32; y [M, N] in the
+    dtype of x.
+
+    w: codes of any grid in layout codes, packed or planes; bias float32 [N] or None.
+    """
+    return _op("gemm_weight_only")(x, w, w_scale, w_grid, w_layout, bias)
+
+
+def linear(
+    x: Tensor,
+    a_quantizer: Quantizer | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    w_index: Tensor | None,
+    w_quantizer: Quantizer,
+    bias: Tensor | None,
+) -> Tensor:
+    """Quantize x [*, K] and multiply by a stored weight of N rows: y [*, N] in the dtype of x. For inference; no
+    gradient.
+
+    a_quantizer None: x stays real. w: in the layout of plan_operands for the two grids. bias float32 [N] or None.
+    Raises for products that have no kernel (gauss with quantized activations, rotations that differ, 4:8 activations).
+    """
+    return _op("linear")(
+        x, "none" if a_quantizer is None else str(a_quantizer), w, w_scale, w_sum, w_index, str(w_quantizer), bias
+    )
+
+
+def _op(name: str) -> Callable[..., Tensor]:
+    return cast(Callable[..., Tensor], getattr(torch.ops.quest, name))
+
+
+# ---- fake implementations: shapes and dtypes of the results ----
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def _fake(*names: str) -> Callable[[Function], Function]:
+    def register(function: Function) -> Function:
+        for name in names:
+            torch.library.register_fake(f"quest::{name}", function)
+        return function
+
+    return register
+
+
+def _codes_shape(quantizer: Quantizer, layout: str, lead: tuple[int, ...], k: int) -> tuple[int, ...]:
+    stored = k // 2 if quantizer.sparse and layout != "values" else k
+    if layout == "planes":
+        return (quantizer.bits, *lead, plane_row_bytes(stored))
+    return (*lead, packed_row_bytes(stored) if layout == "packed" else stored)
+
+
+@_fake("hadamard")
+def _(x: Tensor, block: int | None = None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("quantize")
+def _(x: Tensor, quantizer: str, layout: str = "codes", mask: bool = True) -> tuple[Tensor, ...]:
+    q = Quantizer.parse(quantizer)
+    lead, k = tuple(x.shape[:-1]), x.shape[-1]
+    return (
+        x.new_empty(_codes_shape(q, layout, lead, k), dtype=torch.int8 if layout == "values" else torch.uint8),
+        x.new_empty(lead, dtype=torch.float32),
+        x.new_empty(lead, dtype=torch.int32),
+        x.new_empty((*lead, plane_row_bytes(k)) if mask else (0,), dtype=torch.uint8),
+        x.new_empty((*lead, index_row_bytes(k)) if q.sparse else (0,), dtype=torch.uint8),
+    )
+
+
+@_fake("dequantize")
+def _(
+    codes: Tensor, scale: Tensor, index: Tensor | None, quantizer: str, layout: str, k: int, dtype: torch.dtype
+) -> Tensor:
+    return scale.new_empty((*scale.shape, k), dtype=dtype)
+
+
+@_fake("quantize_backward")
+def _(grad: Tensor, mask: Tensor, quantizer: str) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+@_fake("pack")
+def _(codes: Tensor, grid: str, layout: str) -> Tensor:
+    lead, k = codes.shape[:-1], codes.shape[-1]
+    return codes.new_empty(
+        (grid_bits(grid), *lead, plane_row_bytes(k)) if layout == "planes" else (*lead, packed_row_bytes(k))
+    )
+
+
+@_fake("unpack")
+def _(packed: Tensor, grid: str, layout: str, k: int) -> Tensor:
+    return packed.new_empty((*packed.shape[1 if layout == "planes" else 0 : -1], k))
+
+
+@_fake("gemm_int8", "gemm_int4", "gemm_planes")
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    a_sum: Tensor,
+    a_grid: str,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    w_grid: str,
+    k: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return a_scale.new_empty((a_scale.shape[0], w_scale.shape[0]), dtype=dtype)
+
+
+@_fake("gemm_sparse")
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    a_sum: Tensor,
+    a_grid: str,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    w_index: Tensor,
+    w_grid: str,
+    k: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return a_scale.new_empty((a_scale.shape[0], w_scale.shape[0]), dtype=dtype)
+
+
+@_fake("gemm_weight_only")
+def _(x: Tensor, w: Tensor, w_scale: Tensor, w_grid: str, w_layout: str, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], w_scale.shape[0]))
+
+
+@_fake("linear")
+def _(
+    x: Tensor,
+    a_quantizer: str,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    w_index: Tensor | None,
+    w_quantizer: str,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w_scale.shape[0]))
+
+
+# ---- gradients ----
+
+
+def _hadamard_setup(ctx: Any, inputs: tuple[Tensor, int | None], output: Tensor) -> None:
+    ctx.block = inputs[1]
+
+
+def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _op("hadamard")(grad, ctx.block), None
+
+
+torch.library.register_autograd("quest::hadamard", _hadamard_backward, setup_context=_hadamard_setup)

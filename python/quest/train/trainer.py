@@ -1,0 +1,412 @@
+"""The training loop.
+
+    for each step:  quantize every weight once; add the gradients of the micro-batches; clip; step; average
+
+The model knows nothing of quantization, and nothing here does but the call of `quest.prepare` before the loop and
+`quest.frozen_weights` around the micro-batches. Weights and optimizer are float32; on CUDA the products run in
+bfloat16 under autocast. A run is a function of its configuration: stopped anywhere and resumed, it takes the steps
+that it would have taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import quest
+from quest._C import build_info
+from quest.models.llama import Llama
+from quest.train import checkpoint as checkpoints
+from quest.train import config as configs
+from quest.train.config import ConfigError, TrainConfig
+from quest.train.data import build_data, prepare_tokenizer
+from quest.train.diagnostics import Diagnostics
+from quest.train.distributed import World, join_world
+from quest.train.metrics import MetricsLog, ProgressReport, flops_per_token, peak_flops, peak_memory_gib
+from quest.train.optim import WeightAverage, build_optimizer, clip_gradient, load_optimizer_state, optimizer_state
+from quest.train.plot import plot_losses
+from quest.train.schedule import learning_rate_factor
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on: says at which step, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: after `step` steps, `finished` unless a signal stopped it, with its last losses in nats."""
+
+    run_dir: Path
+    step: int
+    finished: bool
+    loss: float
+    validation_loss: float | None
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains a model as configured and leaves everything in `config.run_dir`.
+
+    SIGINT and SIGTERM save a checkpoint and end the run after the current step; a second SIGINT ends it at once.
+
+    Raises:
+        ConfigError, DataError: what was asked for cannot be done; nothing was changed.
+        CheckpointError: a checkpoint could not be read or written.
+        TrainingError: the loss or the gradient is no longer finite.
+    """
+    with join_world(config.device) as world, StopSignals() as stop:
+        return Trainer(config, world, stop).run()
+
+
+class StopSignals:
+    """Takes note of SIGINT and SIGTERM within its block; a second SIGINT is KeyboardInterrupt again."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> StopSignals:
+        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def loss_sums(model: nn.Module, tokens_BS: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of every next token, in nats, and the same plus `z_loss` · mean(log² Σ exp(logits)).
+
+    Args:
+        tokens_BS: int64 [B, sequence + 1]: inputs and, one further, targets.
+    """
+    logits = model(tokens_BS[:, :-1]).flatten(0, 1).float()
+    cross_entropy = F.cross_entropy(logits, tokens_BS[:, 1:].flatten())
+    if z_loss == 0:
+        return cross_entropy, cross_entropy
+    return cross_entropy, cross_entropy + z_loss * logits.logsumexp(-1).square().mean()
+
+
+class Trainer:
+    """One run in one process: built from its configuration, resumed if asked, then `run`."""
+
+    def __init__(self, config: TrainConfig, world: World, stop: StopSignals) -> None:
+        self.config, self.world, self.stop = config, world, stop
+        self.micro_batches, micro_batch_size = config.micro_batches(world.size)
+        resume_from = self._resume_path()
+
+        self.tokenizer = prepare_tokenizer(config.data)
+        shape = config.model.build(self.tokenizer.vocab_size, config.sequence_length)
+        self.description = checkpoints.model_description(shape, config)
+        saved = None
+        if resume_from is not None:
+            saved = checkpoints.read_state(resume_from)
+            checkpoints.check_same_model(resume_from, saved, self.description)
+        self.data = build_data(
+            config.data,
+            self.tokenizer,
+            sequence_length=config.sequence_length,
+            batch_size=micro_batch_size,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+
+        torch.manual_seed(config.seed)
+        self.model = Llama(shape)
+        quant = config.quant.build()
+        if quant is not None:
+            quest.prepare(self.model, quant)
+        self.model.to(world.device)
+        self.optimizer = build_optimizer(self.model, config.optim, config.learning_rate)
+        self.average = WeightAverage(config.average, config.total_steps, self.model, self.optimizer)
+        self.diagnostics = Diagnostics(self.model)
+        self.parallel: nn.Module = DistributedDataParallel(self.model) if world.size > 1 else self.model
+        self.losses = torch.compile(loss_sums) if config.compile else loss_sums
+
+        self.store = checkpoints.CheckpointStore(config.run_dir / "checkpoints", config.checkpoint)
+        self.step = 0
+        if resume_from is not None and saved is not None:
+            self._restore(resume_from, saved)
+        self.first_step = self.step
+        self.saved_step = self.step
+        self.flops_per_token = flops_per_token(shape, config.sequence_length)
+        self.peak_flops = peak_flops(world.device) if self._bfloat16 else None
+
+    def run(self) -> TrainResult:
+        config, total = self.config, self.config.total_steps
+        tokens_per_step = config.batch_size * config.sequence_length
+        report = ProgressReport(total, tokens_per_step, self.first_step)
+        loss, validation_loss = float("nan"), None
+        log = self._open_log()
+        try:
+            with report.shown():
+                self._introduce(report)
+                seconds, at = 0.0, self.step
+                while self.step < total:
+                    started = time.perf_counter()
+                    record = self._train_step()
+                    seconds += time.perf_counter() - started
+                    loss, stopped = record["loss"], record.pop("stopped")
+                    self.step += 1
+                    last = stopped or self.step == total
+                    if self.step % config.log.every == 0 or last:
+                        rate = (self.step - at) * tokens_per_step / seconds
+                        seconds, at = 0.0, self.step
+                        record |= {"tokens": self.step * tokens_per_step, **self._costs(rate)}
+                        self._write(log, record)
+                        report.step(self.step, record)
+                    else:
+                        report.step(self.step, None)
+                    if config.diagnose.every and self.step % config.diagnose.every == 0:
+                        self._write(log, {"diagnostics": self._diagnose()})
+                    if config.evaluation.every and (self.step % config.evaluation.every == 0 or self.step == total):
+                        validation_loss = self.evaluate()
+                        self._write(log, {"validation_loss": validation_loss})
+                        self._say(report, f"step {self.step}: validation loss {validation_loss:.4f}")
+                    if self.step % config.checkpoint.every == 0 or last:
+                        self._save()
+                    if stopped:
+                        self._say(report, f"stopped by a signal at step {self.step}; go on with --resume auto")
+                        break
+            self.store.wait()
+        finally:
+            self.data.close()
+            if log is not None:
+                log.close()
+                if math.isfinite(loss):
+                    plot_losses([config.run_dir], config.run_dir / "loss.png")
+        return TrainResult(config.run_dir, self.step, self.step >= total, loss, validation_loss)
+
+    def _train_step(self) -> dict[str, Any]:
+        """One optimizer step. Returns its loss, learning rate and gradient norm, and whether a signal came anywhere."""
+        optim = self.config.optim
+        factor = learning_rate_factor(self.config.schedule, self.step, self.config.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        total = torch.zeros((), device=self.world.device)
+        with quest.frozen_weights(self.model):
+            for index in range(self.micro_batches):
+                tokens = next(self.data.train).to(self.world.device, non_blocking=True)
+                with self._gradients_synchronised(index == self.micro_batches - 1):
+                    with self._autocast():
+                        loss, objective = self.losses(self.parallel, tokens, optim.z_loss)
+                    torch.autograd.backward(objective / self.micro_batches)
+                total += loss.detach() / self.micro_batches
+        norm = clip_gradient(self.model, optim.clip_norm)
+        # One transfer for all that the processes must agree on: the mean loss, and whether to stop.
+        signal_received = torch.tensor(float(self.stop.received), device=self.world.device)
+        sums = self.world.sum(torch.stack([total, signal_received])) / self.world.size
+        mean_loss, stopped, gradient_norm = torch.cat([sums, norm.detach().reshape(1)]).tolist()
+        self._require_finite(mean_loss, gradient_norm)
+        self.optimizer.step()
+        self.average.update(self.step + 1)
+        rate = self.config.learning_rate * factor
+        return {"loss": mean_loss, "learning_rate": rate, "gradient_norm": gradient_norm, "stopped": stopped > 0}
+
+    def _require_finite(self, loss: float, gradient_norm: float) -> None:
+        for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
+            if not math.isfinite(value):
+                self.store.wait()
+                latest = checkpoints.find_latest(self.store.directory)
+                raise TrainingError(
+                    f"the {name} is {value} at step {self.step + 1}; no weight was changed by that step. "
+                    f"The checkpoint before is {latest or 'none yet'}; go on from it with a lower optim.learning_rate "
+                    f"or a smaller optim.clip_norm"
+                )
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss per token on the validation text, in nats, with the averaged weights where there are such."""
+        limit = self.config.evaluation.batches
+        sums = torch.zeros(2, device=self.world.device)
+        self.model.eval()
+        with self.average.applied(), quest.frozen_weights(self.model):
+            for index, batch in enumerate(self.data.validation()):
+                if limit and index == limit:
+                    break
+                tokens = batch.to(self.world.device, non_blocking=True)
+                with self._autocast():
+                    loss, _ = loss_sums(self.model, tokens, 0.0)
+                count = tokens[:, 1:].numel()
+                sums += torch.stack([loss * count, torch.tensor(float(count), device=loss.device)])
+        total, count = self.world.sum(sums).tolist()
+        return float(total / count)
+
+    def _diagnose(self) -> dict[str, dict[str, float | None]]:
+        """The table of `Diagnostics`, for the first sequences of the validation text."""
+        tokens = next(iter(self.data.validation())).to(self.world.device)
+        with self._autocast():
+            return self.diagnostics.measure(lambda: loss_sums(self.model, tokens, 0.0)[0])
+
+    # Saving and resuming.
+
+    def _resume_path(self) -> Path | None:
+        directory = self.config.run_dir / "checkpoints"
+        latest = checkpoints.find_latest(directory)
+        if self.config.resume == "auto":
+            return latest
+        if self.config.resume == "none":
+            if latest is not None:
+                raise ConfigError(
+                    f"run_dir: expected a directory without checkpoints for a new run, {self.config.run_dir} has "
+                    f"{latest.name}; go on with --resume auto, or choose another run_dir"
+                )
+            return None
+        return Path(self.config.resume)
+
+    def _save(self) -> None:
+        """Writes a checkpoint of this step, unless the one it resumed from is just that."""
+        if self.step == self.saved_step:
+            return
+        self.saved_step = self.step
+        if self.world.leads:
+            moments, groups = optimizer_state(self.model, self.optimizer)
+            tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+            tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
+            tensors |= {f"average/{name}": value for name, value in self.average.average.items()}
+            with self.average.applied() as differs:
+                if differs:
+                    tensors |= {f"evaluation/{name}": p.detach().clone() for name, p in self.model.named_parameters()}
+            tensors["random/cpu"] = torch.get_rng_state()
+            if self.world.device.type == "cuda":
+                tensors["random/cuda"] = torch.cuda.get_rng_state(self.world.device)
+            state = {
+                **self.description,
+                "config": configs.to_dict(self.config),
+                "tokenizer": self.tokenizer.fingerprint,
+                "optimizer": {"name": self.config.optim.name, "groups": groups},
+                "average": {"name": self.config.average.name, "count": self.average.count},
+                "data": self.data.train.state_dict(),  # the same in every process
+            }
+            self.store.save(self.step, tensors, state)
+        self.world.barrier()
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Takes over everything that `_save` wrote; what cannot be taken over as it is, is an error."""
+        own = {
+            "the tokenizer": (state["tokenizer"], self.tokenizer.fingerprint, "data.tokenizer"),
+            "the optimizer": (state["optimizer"]["name"], self.config.optim.name, "optim.name"),
+            "the average": (state["average"]["name"], self.config.average.name, "average.name"),
+        }
+        for what, (was, now, where) in own.items():
+            if was != now:
+                raise checkpoints.CheckpointError(
+                    f"cannot resume from {path}: {what} was {was} and is now {now} ({where}); keep what it was, "
+                    f"or start anew in another run_dir"
+                )
+        tensors = checkpoints.read_tensors(path)
+
+        def part(section: str) -> dict[str, Tensor]:
+            prefix = section + "/"
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.model.load_state_dict(part("model"))
+        load_optimizer_state(self.model, self.optimizer, part("optimizer"), state["optimizer"]["groups"])
+        self.average.average = {name: value.to(self.world.device) for name, value in part("average").items()}
+        self.average.count = state["average"]["count"]
+        self.data.train.load_state_dict(state["data"])
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.world.device)
+        self.step = state["step"]
+
+    # Reporting: by the leading process alone.
+
+    def _open_log(self) -> MetricsLog | None:
+        """The run's files, opened; None in processes that do not report."""
+        if not self.world.leads:
+            return None
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        configs.dump(self.config, self.config.run_dir / "config.toml")
+        self.tokenizer.save(self.config.run_dir)
+        environment = json.dumps(describe_environment(self.world), indent=2)
+        (self.config.run_dir / "environment.json").write_text(environment + "\n", encoding="utf-8")
+        return MetricsLog(self.config.run_dir, self.config.log, self.step, configs.to_dict(self.config))
+
+    def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
+        if log is not None:
+            log.write(self.step, record)
+
+    def _say(self, report: ProgressReport, text: str) -> None:
+        if self.world.leads:
+            report.say(text)
+
+    def _introduce(self, report: ProgressReport) -> None:
+        quant = self.config.quant.build()
+        shape = self.model.config
+        self._say(
+            report,
+            f"{shape.non_embedding_parameters / 1e6:.1f} million non-embedding parameters, "
+            f"{f'{quant.weight} weights, {quant.activation} activations' if quant else 'not quantized'}, "
+            f"on {self.world.size} × {self.world.device.type}; "
+            f"{'resumed after' if self.step else 'starting at'} step {self.step} of {self.config.total_steps}; "
+            f"writing to {self.config.run_dir}",
+        )
+
+    def _costs(self, tokens_per_second: float) -> dict[str, float]:
+        costs = {"tokens_per_second": tokens_per_second, "memory_gib": peak_memory_gib(self.world.device)}
+        if self.peak_flops is not None:
+            costs["mfu"] = tokens_per_second * self.flops_per_token / (self.peak_flops * self.world.size)
+        return costs
+
+    # How the passes are computed.
+
+    @property
+    def _bfloat16(self) -> bool:
+        if self.config.precision == "auto":
+            return self.world.device.type == "cuda"
+        return self.config.precision == "bfloat16"
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._bfloat16)
+
+    def _gradients_synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        """Between processes gradients are averaged once a step, in the backward pass of the last micro-batch."""
+        if isinstance(self.parallel, DistributedDataParallel) and not last:
+            no_sync: AbstractContextManager[Any] = self.parallel.no_sync()
+            return no_sync
+        return nullcontext()
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """What it takes to understand a run later: command, versions, hardware."""
+    packages = {}
+    for name in ("torch", "numpy", "tokenizers", "tyro", "schedulefree"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "quest": build_info(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
+        "processes": world.size,
+    }
