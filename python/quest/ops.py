@@ -325,3 +325,20 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 torch.library.register_autograd("quest::hadamard", _hadamard_backward, setup_context=_hadamard_setup)
+
+
+# The other operations have none: their results never require a gradient, whatever their arguments do (estimators give the
+# gradients, one layer above). Falling through autograd says so, and costs a call nothing.
+_library = torch.library.Library("quest", "IMPL")
+for _name in (
+    "quantize",
+    "dequantize",
+    "quantize_backward",
+    "gemm_int8",
+    "gemm_int4",
+    "gemm_planes",
+    "gemm_sparse",
+    "gemm_weight_only",
+    "linear",
+):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

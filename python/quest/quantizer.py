@@ -10,11 +10,9 @@ the same here, in torch.ops.quest.*, in C++, on the command line and in the meta
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any, Literal, get_args
 
 GridKind = Literal["int", "int_zero", "fp4", "gauss", "ternary"]
@@ -106,35 +104,35 @@ class Quantizer:
         return "-".join([part for part in parts if part] + (["original"] if self.output == "original" else []))
 
     @staticmethod
-    @cache
     def parse(text: str) -> Quantizer:
         """The quantizer that `text` names. A grid alone, such as "int4", is short for "int4-hadamard-trust"; "int1" for
         "int1-hadamard-clip", which is what trains best at one bit (paper, section 4.2).
 
         Raises ValueError naming the part that was not understood and the nearest that would be.
         """
-        parts = text.split("-")
-        grid, bits = _parse_grid(parts.pop(0), f"quantizer {text!r}: grid")
+        grid_word, *parts = text.split("-")
+        grid, bits = _parse_grid(grid_word, f"quantizer {text!r}: grid")
         if not parts:
             return Quantizer(grid, bits, estimator="clip" if (grid, bits) == ("int", 1) else "trust")
 
         def fail(what: str, value: str, known: tuple[str, ...]) -> ValueError:
             return ValueError(_expected_one_of(f"quantizer {text!r}: {what}", value, known))
 
-        rotation: Any = parts.pop(0)
+        rotation: Any
+        rotation, *parts = parts
         if rotation not in get_args(Rotation):
             raise fail("rotation", rotation, get_args(Rotation))
-        sparsity: Any = parts.pop(0) if parts and parts[0] == "4:8" else "none"
-        word = parts.pop(0) if parts else ""
-        match = re.fullmatch(r"(trust|clip|ste)(\d+(?:\.\d*)?|\.\d+)?", word)
-        if match is None:
+        sparsity: Any = "4:8" if parts[:1] == ["4:8"] else "none"
+        word, *parts = (parts[1:] if sparsity == "4:8" else parts) or [""]
+        estimator: Any = word.rstrip("0123456789.")
+        bound = word[len(estimator) :]
+        if estimator not in get_args(Estimator) or bound.count(".") > 1 or bound == ".":
             raise fail("estimator", word, get_args(Estimator))
-        estimator: Any = match[1]
-        output: Any = parts.pop(0) if parts else "rotated"
-        if parts or output not in get_args(Output):
-            raise fail("output", "-".join([output, *parts]), get_args(Output))
+        output: Any = "-".join(parts) or "rotated"
+        if output not in get_args(Output):
+            raise fail("output", output, get_args(Output))
         try:
-            return Quantizer(grid, bits, rotation, sparsity, estimator, float(match[2]) if match[2] else None, output)
+            return Quantizer(grid, bits, rotation, sparsity, estimator, float(bound) if bound else None, output)
         except ValueError as error:
             raise ValueError(f"quantizer {text!r}: {error}") from None
 

@@ -58,7 +58,7 @@ def default_block(k: int) -> int:
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     """x blockdiag(H/sqrt(B)) along the last dimension, [*, K] -> [*, K]. Differentiable."""
     block = block or default_block(x.shape[-1])
-    return (x.double().reshape(*x.shape[:-1], -1, block) @ hadamard_matrix(block).to(x.device)).flatten(-2)
+    return (x.double().reshape(*x.shape[:-1], x.shape[-1] // block, block) @ hadamard_matrix(block).to(x.device)).flatten(-2)
 
 
 # ---- grids ----
@@ -73,7 +73,7 @@ def gauss_levels(bits: int) -> Tensor:
         edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
         density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
         levels = (density[:-1] - density[1:]) / torch.special.ndtr(edges).diff()
-    return levels
+    return (levels - levels.flip(0)) / 2  # symmetric to the last bit, so that zero is the tie it should be
 
 
 def levels(q: Quantizer) -> Tensor:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from quest import Quantizer, reference
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -45,3 +47,32 @@ def golden() -> dict[str, np.ndarray]:
     """The vectors of the paper's public code: inputs x and g [6, 256] and, per case, NAME|kwargs|y and NAME|kwargs|dx."""
     with np.load(shared_data("golden_quantizers.npz")) as data:
         return dict(data)
+
+
+def steady_normal(*shape: int, quantizer: Quantizer) -> torch.Tensor:
+    """Normal float32 rows none of whose elements lies within float32 rounding of a threshold of the quantizer, so that its
+    codes, pattern and mask are the same in float64 and in float32. Rows that noise of 3e-6 sigma changes are drawn again."""
+    x = torch.randn(shape)
+    while True:
+        expected = reference.quantize(x, quantizer)
+        unsteady = torch.zeros(shape[:-1], dtype=torch.bool)
+        for _ in range(8):  # each draw finds an element that is at its threshold with probability 1/2
+            got = reference.quantize(x.double() + 3e-6 * torch.randn(shape), quantizer)
+            for name in ("codes", "kept", "mask"):
+                unsteady |= (getattr(got, name) != getattr(expected, name)).any(-1)
+        if not unsteady.any():
+            return x
+        x[unsteady] = torch.randn(shape)[unsteady]
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Within the block, collects what autograd keeps for backward."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+
+        def collect(tensor: torch.Tensor) -> torch.Tensor:
+            self.tensors.append(tensor)
+            return tensor
+
+        super().__init__(collect, lambda tensor: tensor)

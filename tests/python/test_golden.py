@@ -11,8 +11,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from quest import Quantizer, fake_quantize, reference
 from torch import Tensor
+
+from quest import Quantizer, fake_quantize, reference
 
 # Not composed quantizers (learned steps, pruning alone), and cases where the paper's code slips: an inverted mask, a clamp
 # without its division, a lopsided ternary grid.

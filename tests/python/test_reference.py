@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from quest import Quantizer, reference
 from torch import Tensor
+
+from quest import Quantizer, reference
 
 MEAN_SQUARED_ERROR = {1: 0.36338, 2: 0.11885, 3: 0.03744, 4: 0.011543, 8: 8.782e-5}
 

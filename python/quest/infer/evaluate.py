@@ -1,7 +1,8 @@
 """Loss, perplexity and bits per byte of a model on text.
 
-Documents are joined as in training, each ended by the separator token, and cut into windows of the model's context; every token is
-predicted once, from those before it in its window. Then, with nll the summed negative log-likelihood in nats,
+Documents are joined as in training, each ended by the separator token, and cut into windows of the model's context;
+every token is predicted once, from those before it in its window. Then, with nll the summed negative log-likelihood in
+nats,
 
     loss = nll / tokens        perplexity = exp(loss)        bits per byte = nll / (ln 2 · bytes of UTF-8 text)
 
@@ -45,11 +46,21 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def token_losses(model: Llama, tokens_BS: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of every token but the first of each row: [B, S - 1] float32."""
-    logits_BSV = model(tokens_BS[:, :-1]).float()
-    losses_BS = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten(), reduction="none")
-    return losses_BS.view(tokens_BS.shape[0], -1)
+def evaluate_tokens(model: Llama, batches: Iterable[Tensor]) -> tuple[float, int]:
+    """Summed negative log-likelihood in nats, and how many tokens were predicted.
+
+    Args:
+        model: in evaluation mode, on the device to run on.
+        batches: int64 [B, S + 1] each: every token but the first of a row is predicted.
+    """
+    nll, tokens = 0.0, 0
+    for batch_BS in batches:
+        batch_BS = batch_BS.to(model.embed.weight.device)
+        logits_BSV = model(batch_BS[:, :-1]).float()
+        targets = batch_BS[:, 1:].flatten()
+        nll += F.cross_entropy(logits_BSV.flatten(0, 1), targets, reduction="none").double().sum().item()
+        tokens += targets.numel()
+    return nll, tokens
 
 
 def evaluate(
@@ -79,11 +90,7 @@ def evaluate(
             "use the tokenizer that the model was trained with"
         )
     text = _Text(documents, max_bytes)
-    nll, tokens = 0.0, 0
-    for batch_BS in _batches(_windows(text, tokenizer, config.max_seq_len), batch_size):
-        losses_BS = token_losses(model, batch_BS.to(model.embed.weight.device))
-        nll += losses_BS.double().sum().item()
-        tokens += losses_BS.numel()
+    nll, tokens = evaluate_tokens(model, _batches(_windows(text, tokenizer, config.max_seq_len), batch_size))
     if text.bytes == 0:
         raise ValueError("evaluate: the data has no text; expected at least one document that is not empty")
     return Evaluation(nll, tokens, text.bytes)
@@ -111,7 +118,7 @@ class _Text:
 
 
 def _windows(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
-    """Runs of up to length + 1 ids; the last of one run is the first of the next, so that every id but the very first is predicted.
+    """Runs of up to length + 1 ids, the last of one being the first of the next: every id but the very first is predicted.
 
     The very first is a separator, after which training begins documents too.
     """

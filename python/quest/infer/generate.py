@@ -1,8 +1,8 @@
 """Text generation: one token at a time, each fed back through a KV cache.
 
-Sampling happens on the CPU in float32, so that a seed gives the same text wherever the logits are the same. When the model's context is
-full, its latter half is read again into an empty cache and generation goes on from there: half a context of work for half a
-context of new tokens, and no position beyond those seen in training.
+Sampling happens on the CPU in float32, so that a seed gives the same text wherever the logits are the same. When the
+model's context is full, its latter half is read again into an empty cache and generation goes on from there: half a
+context of work for half a context of new tokens, and no position beyond those seen in training.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def generate(
     Raises:
         ValueError: naming the argument that is out of range (at the call, before anything runs).
     """
-    _require("prompt", 1 <= len(prompt) <= model.config.max_seq_len, f"1 to {model.config.max_seq_len} ids", len(prompt))
+    _require(
+        "prompt", 1 <= len(prompt) <= model.config.max_seq_len, f"1 to {model.config.max_seq_len} ids", len(prompt)
+    )
     vocabulary = model.config.vocab_size
-    _require("prompt", 0 <= min(prompt) and max(prompt) < vocabulary, f"ids below {vocabulary}", max(prompt, key=abs))
+    _require("prompt", min(prompt) >= 0 and max(prompt) < vocabulary, f"ids below {vocabulary}", max(prompt, key=abs))
     _require("max_new_tokens", max_new_tokens >= 0, "0 or more", max_new_tokens)
     _require("temperature", temperature >= 0, "0 or more", temperature)
     _require("top_p", 0 < top_p <= 1, "above 0, at most 1", top_p)
@@ -54,7 +56,9 @@ def generate(
     else:
         generator.manual_seed(seed)
 
-    return _tokens(model, list(prompt), max_new_tokens, lambda logits: _sample(logits, temperature, top_p, top_k, generator), stop)
+    return _tokens(
+        model, list(prompt), max_new_tokens, lambda logits: _sample(logits, temperature, top_p, top_k, generator), stop
+    )
 
 
 def _tokens(
@@ -76,9 +80,7 @@ def _tokens(
         ids.append(token)
 
 
-def _sample(
-    logits_V: Tensor, temperature: float, top_p: float, top_k: int | None, generator: torch.Generator
-) -> int:
+def _sample(logits_V: Tensor, temperature: float, top_p: float, top_k: int | None, generator: torch.Generator) -> int:
     if not logits_V.isfinite().all():
         raise ValueError("generate: the model gave logits that are not finite; its weights or its input are damaged")
     if temperature == 0:

@@ -1,8 +1,8 @@
 """A quest model for lm-eval (the package `lm_eval`, optional): HellaSwag, ARC, PIQA and the other tasks it knows.
 
-lm-eval asks for log-likelihoods of continuations, of whole texts, and for generated text; its base class turns text into pairs of token
-lists. Several requests run at once, longest first, padded at the end: with causal attention what follows a position
-does not touch it.
+lm-eval asks for log-likelihoods of continuations, of whole texts, and for generated text; its base class turns text
+into pairs of token lists. Several requests run at once, longest first, padded at the end: with causal attention what
+follows a position does not touch it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation, whether it is what greedy decoding gives) of (…, context, continuation)."""
+        """Of (…, context, continuation): log-likelihood of the continuation, and whether greedy decoding gives it."""
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
         results = [(0.0, True)] * len(pairs)
@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Input ids and how many of them were continuation; what the model's context cannot hold is cut on the left."""
         if len(continuation) > self.context:
             raise ValueError(
-                f"lm-eval asks for a continuation of {len(continuation)} tokens; the model's context holds {self.context}"
+                f"lm-eval asks for a continuation of {len(continuation)} tokens, the model's context holds {self.context}"
             )
         return (context + continuation)[-self.context - 1 :], len(continuation)
 
@@ -90,7 +90,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Text that follows a context until one of the stop strings, the end-of-document token or a number of tokens."""
+        """Text that follows a context until a stop string, the end-of-document token or a number of tokens."""
         return [self._generate_until(*request.args) for request in requests]
 
     def _generate_until(self, context: str, settings: dict[str, Any]) -> str:

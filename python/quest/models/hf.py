@@ -1,7 +1,7 @@
-"""Llama models in the Hugging Face layout (config.json + safetensors), read and written without the transformers package.
+"""Llama models in the Hugging Face layout (config.json + safetensors), read and written without transformers.
 
 Three things differ from `quest.models.llama`:
-- q, k, v and gate, up are separate matrices there and stacked here; rows are quantized independently, so that is a copy;
+- q, k, v and gate, up are separate matrices there and stacked here, which quantizes no differently, row by row;
 - their rotary turns the pairs (i, i + E/2) of a head of width E, ours neighbours (2i, 2i + 1): the rows of q and k are
   reordered within each head, which changes no logit;
 - the head may be tied to the embedding there; here it is always a matrix of its own.
@@ -10,8 +10,8 @@ Three things differ from `quest.models.llama`:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +44,20 @@ def load_hf(directory: str | Path) -> Llama:
     with torch.device("meta"):
         model = Llama(config)
     state = {}
-    for ours, shape in ((name, tensor.shape) for name, tensor in model.state_dict().items()):
-        parts = _parts(ours, config)
-        if ours == "lm_head.weight" and "lm_head.weight" not in tensors.files:
-            parts = [_Part("model.embed_tokens.weight")]
-        state[ours] = torch.cat([part.to_ours(tensors.take(part.name).float()) for part in parts])
-        if state[ours].shape != shape:
-            names = ", ".join(part.name for part in parts)
-            raise ValueError(
-                f"load_hf: {directory}: {names}: expected {list(shape)} together by config.json, got {list(state[ours].shape)}"
-            )
+    for ours, expected in model.state_dict().items():
+        tied = ours == "lm_head.weight" and ours not in tensors.files
+        parts = []
+        for name, rows in _parts("embed.weight" if tied else ours, expected.shape[0], config).items():
+            tensor = tensors.take(name, [rows, *expected.shape[1:]]).float()
+            parts.append(_to_pairs(tensor, config.head_width) if name.endswith(_TURNED_BY_ROTARY) else tensor)
+        state[ours] = torch.cat(parts)
     tensors.check_all_taken()
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def save_hf(model: Llama, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a model as a Hugging Face Llama directory that `transformers` opens; replaces an earlier one only when complete.
+    """Writes a model as a Llama directory that `transformers` opens; an earlier one is replaced when all is written.
 
     Quantized layers are written as the real numbers their codes stand for, in the original space. What their inputs are
     rounded to has no place in that format: a model with quantized activations gives other logits there.
@@ -68,11 +65,12 @@ def save_hf(model: Llama, directory: str | Path, tokenizer: Tokenizer | None = N
     Raises:
         ValueError: when the directory holds something that is not a model.
     """
-    state = {}
+    config, state = model.config, {}
     for ours, weight in _real_weights(model):
-        for part, rows in zip(_parts(ours, model.config), _split(ours, weight, model.config), strict=True):
-            state[part.name] = part.to_theirs(rows).contiguous().cpu()
-    config = model.config
+        parts = _parts(ours, weight.shape[0], config)
+        for name, part in zip(parts, torch.split(weight, list(parts.values())), strict=True):
+            part = _to_halves(part, config.head_width) if name.endswith(_TURNED_BY_ROTARY) else part
+            state[name] = part.contiguous().cpu()
     with new_directory(directory) as work:
         save_file(state, work / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
@@ -103,26 +101,11 @@ def save_hf(model: Llama, directory: str | Path, tokenizer: Tokenizer | None = N
 
 # ---- names and orders ----
 
-
-def _halves_to_pairs(weight: Tensor, head_width: int) -> Tensor:
-    """Rows of each head from (0, E/2, 1, E/2 + 1, …)'s places: their order to ours."""
-    return weight.unflatten(0, (-1, 2, head_width // 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _pairs_to_halves(weight: Tensor, head_width: int) -> Tensor:
-    return weight.unflatten(0, (-1, head_width // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One of their tensors, as a stretch of rows of one of ours."""
-
-    name: str
-    to_ours: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    to_theirs: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-
-_WHOLE = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "lm_head.weight": "lm_head.weight"}
+_OUTSIDE = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
 _IN_BLOCK = {
     "attention_norm.weight": ["input_layernorm.weight"],
     "attention.qkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
@@ -131,38 +114,38 @@ _IN_BLOCK = {
     "mlp.gate_up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.down.weight": ["mlp.down_proj.weight"],
 }
+_TURNED_BY_ROTARY = ("q_proj.weight", "k_proj.weight")
 
 
-def _parts(ours: str, config: LlamaConfig) -> list[_Part]:
-    """Their tensors whose rows, in this order, make up our tensor."""
-    if ours in _WHOLE:
-        return [_Part(_WHOLE[ours])]
+def _parts(ours: str, rows: int, config: LlamaConfig) -> dict[str, int]:
+    """Their tensors that make up our tensor of so many rows, from the top, each with its rows."""
+    if ours in _OUTSIDE:
+        return {_OUTSIDE[ours]: rows}
     _, layer, name = ours.split(".", 2)
-    width = config.head_width
-    return [
-        _Part(
-            f"model.layers.{layer}.{theirs}",
-            *(
-                (lambda w: _halves_to_pairs(w, width), lambda w: _pairs_to_halves(w, width))
-                if theirs in ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
-                else ()
-            ),
-        )
-        for theirs in _IN_BLOCK[name]
-    ]
+    heads = (config.n_heads, config.kv_heads, config.kv_heads)
+    counts = {
+        "attention.qkv.weight": [count * config.head_width for count in heads],
+        "mlp.gate_up.weight": [config.hidden_width] * 2,
+    }.get(name, [rows])
+    theirs = (f"model.layers.{layer}.{part}" for part in _IN_BLOCK[name])
+    return dict(zip(theirs, counts, strict=True))
 
 
-def _split(ours: str, weight: Tensor, config: LlamaConfig) -> tuple[Tensor, ...]:
-    if ours.endswith("qkv.weight"):
-        return weight.split([heads * config.head_width for heads in (config.n_heads, config.kv_heads, config.kv_heads)])
-    return weight.chunk(2) if ours.endswith("gate_up.weight") else (weight,)
+def _to_pairs(weight: Tensor, head_width: int) -> Tensor:
+    """Rows of each head from the order 0, 1, … of halves to ours, 0, E/2, 1, E/2 + 1, …"""
+    return weight.view(-1, 2, head_width // 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _to_halves(weight: Tensor, head_width: int) -> Tensor:
+    return weight.view(-1, head_width // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
 def _real_weights(model: Llama) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors with quantized ones as the real numbers that they stand for, in the original space."""
+    """Our tensors, quantized ones as the real numbers that they stand for, in the original space."""
     for path, module in model.named_modules():
         if isinstance(module, QuestLinear) and module.weight_quantizer is not None:
-            yield f"{path}.weight", fake_quantize(module.weight.detach(), replace(module.weight_quantizer, output="original"))
+            quantizer = replace(module.weight_quantizer, output="original")
+            yield f"{path}.weight", fake_quantize(module.weight.detach(), quantizer)
         elif isinstance(module, PackedLinear):
             quantizer, layout = replace(module.weight_quantizer, output="original"), module.plan.w_layout
             codes = (module.weight_codes, module.weight_scale, module.weight_index)
@@ -176,21 +159,20 @@ def _real_weights(model: Llama) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Tensors:
-    """The tensors of a directory's safetensors files by name, read one at a time; remembers which were never asked for."""
+    """The tensors of a directory's safetensors files, read one at a time; remembers which were never asked for."""
 
     def __init__(self, directory: Path):
         single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
         self.directory = directory
-        self.files: dict[str, Path] = {}
-        if index.is_file():
-            for name, file in read_json(index).get("weight_map", {}).items():
-                self.files[name] = directory / file
-        elif single.is_file():
+        self.files: dict[str, Path]
+        if single.is_file():  # before an index, as transformers does
             self.files = dict.fromkeys(self._open(single).keys(), single)
+        elif index.is_file():
+            self.files = {name: directory / file for name, file in read_json(index).get("weight_map", {}).items()}
         else:
             raise FileNotFoundError(
-                f"load_hf: neither {single} nor {index.name} beside it; a directory with pickled weights (pytorch_model.bin) "
-                "must be saved as safetensors first (model.save_pretrained does)"
+                f"load_hf: neither {single} nor {index.name} beside it; pickled weights (pytorch_model.bin) must be "
+                "saved as safetensors first (model.save_pretrained does)"
             )
         self.untaken = {name for name in self.files if not name.endswith("rotary_emb.inv_freq")}  # old files' constants
 
@@ -203,18 +185,22 @@ class _Tensors:
         except SafetensorError as error:
             raise ValueError(f"load_hf: {file} is truncated or not a safetensors file: {error}") from None
 
-    def take(self, name: str) -> Tensor:
+    def take(self, name: str, shape: list[int]) -> Tensor:
         if name not in self.files:
             raise ValueError(f"load_hf: {self.directory} lacks the tensor {name!r}")
         self.untaken.discard(name)
         tensor: Tensor = self._open(self.files[name]).get_tensor(name)
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"load_hf: {self.files[name]}: {name}: expected {shape} by config.json, got {list(tensor.shape)}"
+            )
         return tensor
 
     def check_all_taken(self) -> None:
         if self.untaken:
             raise ValueError(
-                f"load_hf: {self.directory} has a tensor {min(self.untaken)!r} that this Llama has no place for; only plain "
-                "Llama models without biases can be imported"
+                f"load_hf: {self.directory} has a tensor {min(self.untaken)!r} that this Llama has no place for; "
+                "only plain Llama models without biases can be imported"
             )
 
 
@@ -232,8 +218,10 @@ def _config_from_hf(entries: dict[str, Any], file: Path) -> LlamaConfig:
     }
     for key, (got, expected) in must_be.items():
         if got != expected:
-            what = "head_dim × num_attention_heads" if key == "head_dim" else key
-            raise ValueError(f"load_hf: {file}: expected {what} = {expected!r}, got {got!r}; this model cannot be imported")
+            what = "head_dim * num_attention_heads" if key == "head_dim" else key
+            raise ValueError(
+                f"load_hf: {file}: expected {what} = {expected!r}, got {got!r}; this model cannot be imported"
+            )
     try:
         return LlamaConfig(
             vocab_size=entries["vocab_size"],

@@ -1,9 +1,10 @@
 """Packed models: a Llama with low-bit weights as a directory that holds no code and no pickle.
 
-    model.safetensors   <module>.weight_codes, .weight_scale, .weight_code_sum, .weight_index (4:8 only) of every quantized
-                        layer, in canonical order; every other parameter by its name. Metadata: format_version and, for each
-                        quantized layer, its quantizers and K.
-    config.json         the architecture, and a quantization_config block with the same quantizers and the sha256 of the weights
+    model.safetensors   <module>.weight_codes, .weight_scale, .weight_code_sum, .weight_index (4:8 only) of every
+                        quantized layer, in canonical order; every other parameter by its name. Metadata:
+                        format_version and, for each quantized layer, its quantizers and K.
+    config.json         the architecture, and a quantization_config block with the same quantizers and the sha256
+                        of the weights
     tokenizer.json, …   when the model has a tokenizer
 
 The hash makes a damaged or exchanged file an error instead of a model that talks nonsense.
@@ -43,7 +44,8 @@ class Sizes:
     packed: int
 
     def __str__(self) -> str:
-        return f"{self.float32 / 1e6:.1f} MB in float32, {self.packed / 1e6:.1f} MB packed ({self.float32 / self.packed:.1f} ×)"
+        ratio = self.float32 / self.packed
+        return f"{self.float32 / 1e6:.1f} MB in float32, {self.packed / 1e6:.1f} MB packed ({ratio:.1f} times smaller)"
 
 
 def model_sizes(model: Llama) -> Sizes:
@@ -65,7 +67,7 @@ def save_packed(
         metadata: anything worth keeping, such as where the model comes from; stored in config.json under "metadata".
 
     Raises:
-        ValueError: when a layer is still trainable (`quest.convert` was not called), or the directory is something else.
+        ValueError: when a layer is not packed yet (`quest.convert`), or the directory is something else.
     """
     layers = _quantized_layers(model)
     for name, layer in layers.items():
@@ -102,8 +104,8 @@ def load_packed(directory: str | Path, device: torch.device | str = "cpu") -> Ll
 
     Raises:
         FileNotFoundError: naming the file that is not there.
-        ValueError: for a truncated, damaged or exchanged file, an unknown format_version or quantizer, or tensors that do
-            not fit the architecture; the message names the file.
+        ValueError: for a truncated, damaged or exchanged file, an unknown format_version or quantizer, or tensors that
+            do not fit the architecture; the message names the file.
     """
     directory = Path(directory)
     config_file, weights_file = directory / "config.json", directory / "model.safetensors"
@@ -115,9 +117,10 @@ def load_packed(directory: str | Path, device: torch.device | str = "cpu") -> Ll
         )
     block = entries.get("quantization_config")
     version = block.get("format_version") if isinstance(block, dict) else None
-    if version != FORMAT_VERSION:
+    if not isinstance(block, dict) or version != FORMAT_VERSION:
         raise ValueError(
-            f"load_packed: {config_file}: expected format_version {FORMAT_VERSION}, got {version!r}; a newer quest may read it"
+            f"load_packed: {config_file}: expected format_version {FORMAT_VERSION}, got {version!r}; "
+            "use the quest that wrote it"
         )
     try:
         names = LlamaConfig.__dataclass_fields__
@@ -141,7 +144,7 @@ def load_packed(directory: str | Path, device: torch.device | str = "cpu") -> Ll
         raise ValueError(f"load_packed: {weights_file}: its metadata {differing!r} and config.json disagree")
     _check_tensors(state, model.state_dict(), weights_file)
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, QuestLinear | PackedLinear]:
@@ -164,7 +167,9 @@ def _file_metadata(layers: Mapping[str, QuestLinear | PackedLinear]) -> dict[str
     return metadata
 
 
-def _read_weights(file: Path, expected_hash: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_weights(
+    file: Path, expected_hash: str, device: torch.device | str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not file.is_file():
         raise FileNotFoundError(f"load_packed: no {file}")
     try:

@@ -1,14 +1,14 @@
-"""Reads checkpoints of the QuEST paper's own training code (arXiv 2502.05003): `main.pt` and `summary.json` side by side.
+"""Reads checkpoints of the QuEST paper's own code (arXiv 2502.05003): `main.pt` and `summary.json` side by side.
 
-`main.pt` is a state dict with the prefix `_orig_mod.module.` that torch.compile and DDP leave; checkpoints written during
-training nest the same dict under "model". `summary.json` holds the arguments of the run, the quantizers among them as
-class names. Those names spell out the four choices that a `quest.Quantizer` is made of:
+`main.pt` is a state dict with the prefix `_orig_mod.module.` that torch.compile and DDP leave; checkpoints written
+during training nest the same dict under "model". `summary.json` holds the arguments of the run, the quantizers among
+them as class names. Those names spell out the four choices that a `quest.Quantizer` is made of:
 
     [[Half]Hadamard] [FourEight] [Gaussian | FP4] (STE | Clip | Trust) Quantizer
 
-with Hadamard = rotated and back again, HalfHadamard = left rotated. Learned quantizers (LSQ, PACT) do not compose and are
-refused by name. The model has w1 and w2 where we have one `gate_up`: rows of a weight are quantized independently, so
-stacking the two changes nothing.
+with Hadamard = rotated and back again, HalfHadamard = left rotated. Learned quantizers (LSQ, PACT) do not compose and
+are refused by name. The model has w1 and w2 where we have one `gate_up`: rows of a weight are quantized independently,
+so stacking the two changes nothing.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def paper_quantizer(name: str, kwargs: Mapping[str, Any] | None = None) -> Quant
         grid, bits = "ternary", 2
     else:
         grid = "int" if arguments["centered"] else "int_zero"
-    # Stated even where it equals our default: their clip of 1-bit values stops at 1 unless told otherwise, ours at 1.30.
+    # Stated even where it equals our default: their 1-bit clip stops at 1 unless told otherwise, ours at 1.30.
     bound = {"ste": None, "clip": arguments["clip_scale"], "trust": arguments["trust"]}[estimator]
     return Quantizer(
         grid=grid,  # type: ignore[arg-type]
@@ -139,8 +139,8 @@ def _quant_config(arguments: Mapping[str, Any]) -> QuantConfig:
     rotated = [q is not None and q.rotation == "hadamard" and q.output == "rotated" for q in (weight, activation)]
     if rotated[0] != rotated[1]:
         raise ValueError(
-            f"load_paper_checkpoint: w_quant {arguments['w_quant']} and a_quant {arguments['a_quant']} leave one operand "
-            "rotated and the other not, whose product means nothing; expected HalfHadamard… for both or neither"
+            f"load_paper_checkpoint: w_quant {arguments['w_quant']} and a_quant {arguments['a_quant']} leave one "
+            "operand rotated and the other not, whose product means nothing; expected HalfHadamard… for both or neither"
         )
     return QuantConfig(weight, activation)
 
@@ -161,7 +161,10 @@ def _rename(state: Mapping[str, Tensor], config: LlamaConfig, file: Path) -> dic
             sources[f"blocks.{i}.{ours}"] = [f"transformer.h.{i}.{name}" for name in names]
 
     try:
-        result = {f"{ours}.weight": torch.cat([theirs.pop(f"{n}.weight").float() for n in s]) for ours, s in sources.items()}
+        result = {
+            f"{ours}.weight": torch.cat([theirs.pop(f"{name}.weight").float() for name in names])
+            for ours, names in sources.items()
+        }
     except KeyError as error:
         raise ValueError(f"load_paper_checkpoint: {file} lacks the tensor {error}; is it of another model?") from None
     if theirs:

@@ -56,7 +56,7 @@ class CheckpointStore:
         self.pending: Future[None] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(".step-*"):  # of a process that was killed while it wrote
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # another process of the run may be at it too
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Writes the checkpoint of `step`; in the background, from a copy, if so configured.
@@ -77,6 +77,11 @@ class CheckpointStore:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
+
+    def close(self) -> None:
+        """Ends the store once everything is written. Raises CheckpointError when the last write failed."""
+        self.wait()
+        self.writer.shutdown()
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         path = self.directory / f"step-{step:08d}"

@@ -206,8 +206,12 @@ class EvaluationConfig:
 
     every: int = 250
     """Steps between evaluations; the end of the run has one anyway. 0: none at all."""
-    batches: int = 50
-    """The most batches that one evaluation reads; 0 reads all."""
+    sequences: int = 512
+    """The most sequences that one evaluation reads, always the same ones; 0 reads all."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "sequences"):
+            _require(getattr(self, name) >= 0, f"evaluation.{name}", "0 or more", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _require(self.every >= 1, "checkpoint.every", "1 or more", self.every)
         _require(self.keep_last >= 1, "checkpoint.keep_last", "1 or more", self.keep_last)
+        _require(self.keep_every >= 0, "checkpoint.keep_every", "0 or more", self.keep_every)
 
 
 @dataclass(frozen=True)
@@ -249,6 +254,9 @@ class DiagnoseConfig:
 
     every: int = 0
     """Steps between diagnoses, each the price of two more micro-batches; 0: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "diagnose.every", "0 or more", self.every)
 
 
 @dataclass(frozen=True)
@@ -484,4 +492,5 @@ def _convert_union(arms: tuple[Any, ...], value: Any, key: str) -> Any:
 
 
 def _words(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", Path: "a path"}
+    return names.get(kind, str(kind))

@@ -137,14 +137,13 @@ class ProgressReport:
 
     Args:
         total_steps: of the run.
-        tokens_per_step: for the rate.
         first_step: where this start begins.
+        quiet: say nothing, as all processes but one do.
     """
 
-    def __init__(self, total_steps: int, tokens_per_step: int, first_step: int) -> None:
-        self.console = Console()
+    def __init__(self, total_steps: int, first_step: int, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
         self.total_steps = total_steps
-        self.tokens_per_step = tokens_per_step
         self.first_step = first_step
         self.started = time.perf_counter()
         self.bar: Progress | None = None

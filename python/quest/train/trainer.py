@@ -92,7 +92,7 @@ class StopSignals:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def loss_sums(model: nn.Module, tokens_BS: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+def losses_of(model: nn.Module, tokens_BS: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of every next token, in nats, and the same plus `z_loss` · mean(log² Σ exp(logits)).
 
     Args:
@@ -140,13 +140,12 @@ class Trainer:
         self.average = WeightAverage(config.average, config.total_steps, self.model, self.optimizer)
         self.diagnostics = Diagnostics(self.model)
         self.parallel: nn.Module = DistributedDataParallel(self.model) if world.size > 1 else self.model
-        self.losses = torch.compile(loss_sums) if config.compile else loss_sums
+        self.losses = torch.compile(losses_of) if config.compile else losses_of
 
         self.store = checkpoints.CheckpointStore(config.run_dir / "checkpoints", config.checkpoint)
         self.step = 0
         if resume_from is not None and saved is not None:
             self._restore(resume_from, saved)
-        self.first_step = self.step
         self.saved_step = self.step
         self.flops_per_token = flops_per_token(shape, config.sequence_length)
         self.peak_flops = peak_flops(world.device) if self._bfloat16 else None
@@ -154,7 +153,7 @@ class Trainer:
     def run(self) -> TrainResult:
         config, total = self.config, self.config.total_steps
         tokens_per_step = config.batch_size * config.sequence_length
-        report = ProgressReport(total, tokens_per_step, self.first_step)
+        report = ProgressReport(total, self.step, quiet=not self.world.leads)
         loss, validation_loss = float("nan"), None
         log = self._open_log()
         try:
@@ -181,13 +180,13 @@ class Trainer:
                     if config.evaluation.every and (self.step % config.evaluation.every == 0 or self.step == total):
                         validation_loss = self.evaluate()
                         self._write(log, {"validation_loss": validation_loss})
-                        self._say(report, f"step {self.step}: validation loss {validation_loss:.4f}")
+                        report.say(f"step {self.step}: validation loss {validation_loss:.4f}")
                     if self.step % config.checkpoint.every == 0 or last:
                         self._save()
                     if stopped:
-                        self._say(report, f"stopped by a signal at step {self.step}; go on with --resume auto")
+                        report.say(f"stopped by a signal at step {self.step}; go on with --resume auto")
                         break
-            self.store.wait()
+            self.store.close()
         finally:
             self.data.close()
             if log is not None:
@@ -238,18 +237,19 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss per token on the validation text, in nats, with the averaged weights where there are such."""
-        limit = self.config.evaluation.batches
-        sums = torch.zeros(2, device=self.world.device)
+        # Every process has its share of the validation text, sequence by sequence in turn.
+        remaining = math.ceil(self.config.evaluation.sequences / self.world.size) or sys.maxsize
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.eval()
         with self.average.applied(), quest.frozen_weights(self.model):
-            for index, batch in enumerate(self.data.validation()):
-                if limit and index == limit:
-                    break
-                tokens = batch.to(self.world.device, non_blocking=True)
+            for batch in self.data.validation():
+                tokens = batch[:remaining].to(self.world.device, non_blocking=True)
                 with self._autocast():
-                    loss, _ = loss_sums(self.model, tokens, 0.0)
-                count = tokens[:, 1:].numel()
-                sums += torch.stack([loss * count, torch.tensor(float(count), device=loss.device)])
+                    loss, _ = losses_of(self.model, tokens, 0.0)
+                sums += torch.stack([loss * len(tokens), torch.full_like(loss, len(tokens))])
+                remaining -= len(tokens)
+                if remaining == 0:
+                    break
         total, count = self.world.sum(sums).tolist()
         return float(total / count)
 
@@ -257,7 +257,7 @@ class Trainer:
         """The table of `Diagnostics`, for the first sequences of the validation text."""
         tokens = next(iter(self.data.validation())).to(self.world.device)
         with self._autocast():
-            return self.diagnostics.measure(lambda: loss_sums(self.model, tokens, 0.0)[0])
+            return self.diagnostics.measure(lambda: losses_of(self.model, tokens, 0.0)[0])
 
     # Saving and resuming.
 
@@ -348,20 +348,15 @@ class Trainer:
         if log is not None:
             log.write(self.step, record)
 
-    def _say(self, report: ProgressReport, text: str) -> None:
-        if self.world.leads:
-            report.say(text)
-
     def _introduce(self, report: ProgressReport) -> None:
         quant = self.config.quant.build()
         shape = self.model.config
-        self._say(
-            report,
+        report.say(
             f"{shape.non_embedding_parameters / 1e6:.1f} million non-embedding parameters, "
             f"{f'{quant.weight} weights, {quant.activation} activations' if quant else 'not quantized'}, "
             f"on {self.world.size} × {self.world.device.type}; "
             f"{'resumed after' if self.step else 'starting at'} step {self.step} of {self.config.total_steps}; "
-            f"writing to {self.config.run_dir}",
+            f"writing to {self.config.run_dir}"
         )
 
     def _costs(self, tokens_per_second: float) -> dict[str, float]:

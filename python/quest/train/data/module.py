@@ -25,8 +25,7 @@ from quest.train.data.config import DataConfig, DataError
 from quest.train.data.loader import TrainBatches, ValidationBatches
 from quest.train.data.sources import Corpus
 
-# Text encoded at a time, cut into pieces that the cores share. The library takes about 100 bytes a token while it
-# works.
+# Text encoded at a time, in pieces that the cores share. While it works, the library takes about 100 bytes a token.
 _BATCH_CHARS = 1 << 22
 _PIECE_CHARS = 1 << 18
 # Merges settle long before; without a limit a vocabulary for a streamed set would read all of it.
@@ -34,8 +33,7 @@ _TOKENIZER_CHARS = 100_000_000
 
 
 class DataModule:
-    """The data of a run: `train` (endless) and `validation()` (finite), as int64 tensors [batch, sequence_length +
-    1]."""
+    """The data of a run: `train` (endless) and `validation()` (finite), both of int64 [batch, sequence_length + 1]."""
 
     def __init__(
         self, train: TrainBatches, validation: ValidationBatches, train_cache: TokenCache, validation_cache: TokenCache
@@ -84,8 +82,7 @@ def build_data(
 
 
 def prepare_tokenizer(config: DataConfig) -> Tokenizer:
-    """Loads the tokenizer of `config`, or trains it on the training documents, once for each corpus and vocabulary
-    size."""
+    """Loads the tokenizer of `config`, or trains it on the training documents, once for each corpus and size."""
     if config.tokenizer != "train":
         return Tokenizer.load(config.tokenizer)
     corpus = Corpus(config.train, config)
@@ -128,8 +125,8 @@ def _split_caches(config: DataConfig, tokenizer: Tokenizer) -> list[TokenCache]:
         if not documents:
             raise DataError(
                 f"the {name} split is empty: {train + validation} document(s), of which data.validation_fraction = "
-                f"{config.validation_fraction} sets {validation} apart; name other files in data.validation, change the "
-                f"fraction, or set data.separator if a text file holds several documents"
+                f"{config.validation_fraction} sets {validation} apart; name other files in data.validation, change "
+                f"the fraction, or set data.separator if a text file holds several documents"
             )
     return caches
 
@@ -165,8 +162,7 @@ def _caches(
     parts: dict[str, dict[str, Any]],
     part_of: Callable[[str], str],
 ) -> list[TokenCache]:
-    """One cache for each of `parts` (name → what marks it), made together unless all are there. `part_of` sorts the
-    documents."""
+    """One cache for each of `parts` (name → what marks it), made in one pass; `part_of` sorts the documents."""
     common = {**corpus.identity(), "tokenizer": tokenizer.fingerprint}
     made_from = {name: {**common, **mark} for name, mark in parts.items()}
     paths = {

@@ -29,8 +29,7 @@ _JSONL = (".jsonl", ".ndjson", ".json")
 _TEXT = (".txt", ".text", ".md", ".rst", ".py")
 _COMPRESSED = (".gz", ".xz", ".zst")
 _BLOCK = 1 << 20  # bytes of a text file decoded at a time
-# Not the library itself: third-party packages, tests (some are deliberately broken Python), and generated tables of
-# code pages.
+# Not the library itself: packages, tests (some deliberately broken Python), and generated tables of code pages.
 _STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "__pycache__"}
 
 
@@ -75,8 +74,7 @@ class Corpus:
         self.position = 0
 
     def identity(self) -> dict[str, Any]:
-        """What decides the documents, for naming a cache: settings, hub names, and path, size and modification time of
-        every file.
+        """What decides the documents, for naming a cache: settings, hub names; path, size and time of every file.
 
         A hub set counts by its name: a change on the hub is not noticed.
         """
@@ -208,8 +206,7 @@ def _decompress(raw: IO[bytes], file: Path) -> IO[bytes]:
 
 
 class _ZstandardReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file of any number of frames; unlike the library's own stream it notices a cut
-    file."""
+    """Decompressed bytes of a .zst file; unlike the library's own stream it notices a file that was cut short."""
 
     def __init__(self, raw: IO[bytes], file: Path) -> None:
         try:
@@ -331,11 +328,9 @@ def _read_hub(source: str, hub: HubSet, streaming: bool) -> Iterator[str]:
         )
         for number, record in enumerate(records, start=1):
             yield _text_of(record, hub.text_field, f"data source {source!r}, record {number}")
-    except (GeneratorExit, DataError):
+    except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # the library raises its own, requests', httpx's and plain errors for the same offline machine
+    except Exception as error:  # for the same offline machine the library raises its own, requests' or httpx's errors
         how = "streaming" if streaming else "from the local Hugging Face cache and the hub"
         raise DataError(
             f"data source {source!r}: could not read {described} {how}: {type(error).__name__}: {error}; "

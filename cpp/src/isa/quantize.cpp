@@ -1,0 +1,253 @@
+// quantize and dequantize, a row at a time: the row lies as float32 in scratch (L1, or L2 for long rows), is rotated there, and its codes, mask bits
+// and index leave in 64-column steps.
+#include "isa/simd.h"
+
+namespace quest::QUEST_ISA {
+namespace {
+
+// Sum of squares in 32 partial sums, whatever the vector width, so that every instruction set finds the same sigma. The row ends in zeros.
+static float sum_of_squares(const float* row, int64_t padded) {
+  constexpr int kSums = 32;
+  constexpr int kVectors = kSums / kLanes;
+  Vec sum[kVectors];
+  for (int j = 0; j < kVectors; ++j) sum[j] = broadcast(0.0f);
+  for (int64_t i = 0; i < padded; i += kSums) {
+    for (int j = 0; j < kVectors; ++j) {
+      const Vec x = load(row + i + j * kLanes);
+      sum[j] = add(sum[j], mul(x, x));
+    }
+  }
+  float sums[kSums];
+  for (int j = 0; j < kVectors; ++j) store(sums + j * kLanes, sum[j]);
+  for (int width = kSums / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
+  }
+  return sums[0];
+}
+
+// What a row's codes are computed with.
+struct RowGrid {
+  float scale;       // s
+  float reciprocal;  // of the code step: 1/(2s) for int, else 1/s; 0 where s is 0
+  float sigma;
+  float mask_limit;
+};
+
+// int, int_zero, ternary: c = rint(clamp(x reciprocal, +-) + shift) + offset.
+struct AffineCodes {
+  float low, high, shift;
+  int32_t offset;
+};
+
+static AffineCodes affine_codes(Grid grid) {
+  const int32_t n = 1 << grid.bits;
+  if (grid.kind == GridKind::kInt) return {-0.5f * (n - 1), 0.5f * (n - 1), 0.5f, n / 2 - 1};
+  if (grid.kind == GridKind::kIntZero) return {-(0.5f * n - 1), 0.5f * n, 0.0f, n / 2 - 1};
+  return {-1.0f, 1.0f, 0.0f, 1};
+}
+
+static void write_affine(const AffineCodes& a, const float* x, float reciprocal, uint8_t* codes) {
+  // Adding 1.5 * 2^23 leaves the integer nearest to a small float, ties to even, in its low bits.
+  constexpr float kRound = 12582912.0f;
+  constexpr int32_t kRoundBits = 0x4B400000;
+  for (int j = 0; j < kChunk; ++j) {
+    float y = x[j] * reciprocal;
+    y = y > a.low ? y : a.low;
+    y = y < a.high ? y : a.high;
+    y = y + a.shift + kRound;
+    int32_t bits;
+    std::memcpy(&bits, &y, 4);
+    codes[j] = static_cast<uint8_t>(bits - kRoundBits + a.offset);
+  }
+}
+
+// Number of middles below the value, by halving: n - 1 of them.
+static void write_nearest(const float* middles, int32_t n, const float* z, int32_t* found) {
+  for (int j = 0; j < kChunk; ++j) found[j] = 0;
+  for (int32_t step = n / 2; step > 0; step /= 2) {
+    for (int j = 0; j < kChunk; ++j) found[j] += z[j] > middles[found[j] + step - 1] ? step : 0;
+  }
+}
+
+static void write_table_codes(const QuantizeTask& task, const float* x, float reciprocal, uint8_t* codes) {
+  const bool fp4 = task.grid.kind == GridKind::kFp4;
+  float z[kChunk];
+  int32_t found[kChunk];
+  for (int j = 0; j < kChunk; ++j) z[j] = fp4 ? __builtin_fabsf(x[j] * reciprocal) : x[j] * reciprocal;
+  write_nearest(task.middles, fp4 ? 8 : task.params.levels, z, found);
+  for (int j = 0; j < kChunk; ++j) codes[j] = static_cast<uint8_t>(found[j] | (fp4 && x[j] < 0 ? 8 : 0));
+}
+
+// Which of 64 values 4:8 sparsity keeps (0 or 1), and eight index nibbles.
+static uint32_t write_kept(const float* x, uint8_t* kept) {
+  uint32_t index = 0;
+  for (int group = 0; group < 8; ++group) {
+    float norm[4];
+    for (int p = 0; p < 4; ++p) {
+      const float a = x[8 * group + 2 * p];
+      const float b = x[8 * group + 2 * p + 1];
+      norm[p] = a * a + b * b;
+    }
+    int position = 0;
+    for (int p = 0; p < 4; ++p) {
+      int before = 0;  // pairs that come before this one: larger, or as large and earlier
+      for (int q = 0; q < 4; ++q) before += q < p ? norm[q] >= norm[p] : norm[q] > norm[p];
+      const bool keep = before < 2;
+      kept[8 * group + 2 * p] = kept[8 * group + 2 * p + 1] = keep;
+      if (keep) index |= static_cast<uint32_t>(p) << (4 * group + 2 * position++);
+    }
+  }
+  return index;
+}
+
+static void write_mask(const QuantizeTask& task, const RowGrid& grid, const float* x, const uint8_t* codes, const uint8_t* kept,
+                       uint8_t* pass) {
+  if (task.params.mask_kind != kMaskError) {
+    for (int j = 0; j < kChunk; ++j) pass[j] = __builtin_fabsf(x[j]) <= grid.mask_limit;
+    return;
+  }
+  for (int j = 0; j < kChunk; ++j) {
+    const float level = kept[j] ? task.levels[codes[j]] : 0.0f;
+    pass[j] = __builtin_fabsf(grid.scale * level - x[j]) <= grid.mask_limit;
+  }
+}
+
+static RowGrid row_grid(const QuantizeTask& task, float sigma) {
+  const QuantizeParams& p = task.params;
+  RowGrid grid;
+  grid.sigma = sigma;
+  grid.scale = p.scale_factor * sigma + p.scale_epsilon;
+  const float step = task.grid.kind == GridKind::kInt ? 2 * grid.scale : grid.scale;
+  grid.reciprocal = step > 0 ? 1 / step : 0.0f;
+  switch (p.mask_kind) {
+    case kMaskScale: grid.mask_limit = p.mask_factor * grid.scale; break;
+    // clip k: k (alpha sigma + 1e-8) for int; the ratio of the scale's two terms is 1e-8/alpha.
+    case kMaskMagnitude: grid.mask_limit = p.mask_factor * (sigma + p.scale_epsilon / p.scale_factor); break;
+    case kMaskError: grid.mask_limit = p.mask_factor * sigma; break;
+    default: grid.mask_limit = __builtin_inff(); break;
+  }
+  return grid;
+}
+
+// A row that holds no numbers.
+static void write_nan_row(const QuantizeTask& task, int64_t r) {
+  const int64_t planes = task.layout == Layout::kPlanes ? task.grid.bits : 1;
+  for (int64_t j = 0; j < planes; ++j) std::memset(task.codes + j * task.plane_stride + r * task.code_row_bytes, 0, task.code_row_bytes);
+  if (task.mask) std::memset(task.mask + r * task.mask_row_bytes, 0, task.mask_row_bytes);
+  if (task.index) {
+    // Any valid index: the first two pairs.
+    std::memset(task.index + r * task.index_row_bytes, 0, task.index_row_bytes);
+    for (int64_t i = 0; i < task.k / 8; ++i) task.index[r * task.index_row_bytes + i / 2] |= i % 2 ? 0x40 : 0x04;
+  }
+  task.scale[r] = __builtin_nanf("");
+  task.code_sum[r] = 0;
+}
+
+static void quantize_row(const QuantizeTask& task, int64_t r, float* row) {
+  const int64_t k = task.k;
+  const int64_t padded = (k + kRowChunk - 1) / kRowChunk * kRowChunk;
+  const int64_t size = task.dtype == DType::kFloat32 ? 4 : 2;
+  load_floats(static_cast<const uint8_t*>(task.x) + r * k * size, task.dtype, k, row);
+  std::memset(row + k, 0, (padded - k) * sizeof(float));
+  const float sum = sum_of_squares(row, padded);
+  if (!(sum <= __FLT_MAX__)) return write_nan_row(task, r);
+  rotate(row, k, task.block);
+
+  const RowGrid grid = row_grid(task, k > 0 ? __builtin_sqrtf(sum / static_cast<float>(k)) : 0.0f);
+  const bool table = task.grid.kind == GridKind::kFp4 || task.grid.kind == GridKind::kGauss;
+  const AffineCodes affine = affine_codes(task.grid);
+  uint8_t* const codes_out = task.codes + r * task.code_row_bytes;
+  if (task.index) std::memset(task.index + r * task.index_row_bytes, 0, task.index_row_bytes);
+  int32_t code_sum = 0;
+  // To `padded`, not to k: rows of masks and planes are padded to 128 columns.
+  for (int64_t i = 0; i < padded; i += kChunk) {
+    const float* x = row + i;
+    const int64_t count = k > i ? smaller(k - i, kChunk) : 0;
+    uint8_t codes[kChunk];
+    uint8_t kept[kChunk];
+    if (table) {
+      write_table_codes(task, x, grid.reciprocal, codes);
+    } else {
+      write_affine(affine, x, grid.reciprocal, codes);
+    }
+    if (task.sparse) {
+      const uint32_t index = write_kept(x, kept);
+      std::memcpy(task.index + r * task.index_row_bytes + i / 16, &index, (count + 15) / 16);
+      if (count % 16) task.index[r * task.index_row_bytes + i / 16 + count / 16] &= 0x0F;
+    } else {
+      std::memset(kept, 1, sizeof(kept));
+    }
+    if (task.mask && i / 8 < task.mask_row_bytes) {
+      uint8_t pass[kChunk];
+      write_mask(task, grid, x, codes, kept, pass);
+      std::memset(pass + count, 0, kChunk - count);
+      const uint64_t bits = bits_of(pass, 0);
+      std::memcpy(task.mask + r * task.mask_row_bytes + i / 8, &bits, 8);
+    }
+    std::memset(codes + count, 0, kChunk - count);
+    int32_t sum_of_codes = 0;
+    for (int j = 0; j < kChunk; ++j) sum_of_codes += kept[j] ? codes[j] : 0;
+    code_sum += sum_of_codes;
+    if (task.layout == Layout::kValues) {
+      for (int j = 0; j < kChunk; ++j) codes[j] = kept[j] ? task.stored[codes[j]] : 0;
+      write_codes(codes_out, task.layout, task.grid.bits, task.plane_stride, task.code_row_bytes, i, codes);
+    } else if (task.sparse) {
+      uint8_t half[kChunk] = {};
+      int position = 0;
+      for (int j = 0; j < count; ++j) {
+        half[position] = codes[j];
+        position += kept[j];
+      }
+      std::memset(half + position, 0, kChunk - position);
+      if (task.layout == Layout::kPacked) {
+        write_codes(codes_out + i / 4, task.layout, 0, 0, smaller(task.code_row_bytes - i / 4, kChunk / 4), 0, half);
+      } else {
+        std::memcpy(codes_out + i / 2, half, count / 2);
+      }
+    } else {
+      write_codes(codes_out, task.layout, task.grid.bits, task.plane_stride, task.code_row_bytes, i, codes);
+    }
+  }
+  task.scale[r] = grid.scale;
+  task.code_sum[r] = code_sum;
+}
+
+}  // namespace
+
+void quantize_rows(const QuantizeTask& task, int64_t begin, int64_t end, float* row) {
+  for (int64_t r = begin; r < end; ++r) quantize_row(task, r, row);
+}
+
+void dequantize_rows(const DequantizeTask& task, int64_t begin, int64_t end, float* row) {
+  const int64_t size = task.dtype == DType::kFloat32 ? 4 : 2;
+  const bool half = task.index && task.layout != Layout::kValues;  // the row holds the kept codes alone
+  for (int64_t r = begin; r < end; ++r) {
+    const uint8_t* codes_in = task.codes + r * task.code_row_bytes;
+    const float scale = task.scale[r];
+    const int64_t stored = half ? task.k / 2 : task.k;
+    for (int64_t i = 0; i < stored; i += kChunk) {
+      uint8_t codes[kChunk];
+      read_codes(codes_in, task.layout, task.bits, task.plane_stride, task.code_row_bytes, i, codes);
+      if (!half) {
+        for (int j = 0; j < kChunk; ++j) row[i + j] = scale * task.levels[codes[j]];
+        continue;
+      }
+      const uint8_t* index = task.index + r * task.index_row_bytes;
+      for (int64_t group = i / 4; group < smaller(i / 4 + kChunk / 4, task.k / 8); ++group) {
+        const int32_t pairs = index[group / 2] >> (group % 2 * 4);
+        float* out = row + 8 * group;
+        for (int j = 0; j < 8; ++j) out[j] = scale * 0.0f;
+        for (int j = 0; j < 4; ++j) {
+          const int32_t pair = pairs >> (j / 2 * 2) & 3;
+          out[2 * pair + j % 2] = scale * task.levels[codes[4 * (group - i / 4) + j]];
+        }
+      }
+    }
+    const int64_t padded = (task.k + kRowChunk - 1) / kRowChunk * kRowChunk;
+    std::memset(row + task.k, 0, (padded - task.k) * sizeof(float));
+    rotate(row, task.k, task.block);
+    store_floats(row, task.dtype, task.k, static_cast<uint8_t*>(task.y) + r * task.k * size);
+  }
+}
+
+}  // namespace quest::QUEST_ISA

@@ -1,0 +1,94 @@
+#include "quest/plan.h"
+
+#include <algorithm>
+#include <cstddef>
+
+#include "quest/check.h"
+#include "quest/grid.h"
+
+namespace quest {
+namespace {
+
+// Pairs of planes up to which bit products beat int8 ones on tensor cores: 1-bit products have 7.7 times the rate of int8 ones.
+constexpr int32_t kMaxPlaneProducts = 6;
+constexpr int32_t kMaxPlaneBits = 4;
+
+bool planes_pay(Grid a, Grid w) {
+  return a.kind == GridKind::kInt && w.kind == GridKind::kInt && std::max(a.bits, w.bits) <= kMaxPlaneBits &&
+         a.bits * w.bits <= kMaxPlaneProducts;
+}
+
+struct TileRow {
+  int64_t max_m;  // the first row that the problem's m does not exceed
+  int32_t block_m, block_n, block_k;
+  bool split_k;
+  const char* kernel;
+  const char* reason;
+};
+
+constexpr TileRow kTiles[] = {
+    {16, 16, 128, 128, true, "m16n128", "decoding: bound by the bytes of w, so few rows and K shared by several blocks"},
+    {64, 64, 64, 128, true, "m64n64", "few tiles: small ones, and K shared, so that every SM has work"},
+    {INT64_MAX, 128, 128, 128, false, "m128n128", "bound by arithmetic: each byte loaded serves 128 products"},
+};
+
+}  // namespace
+
+std::string to_string(GemmFamily family) {
+  switch (family) {
+    case GemmFamily::kInt8: return "int8";
+    case GemmFamily::kInt4: return "int4";
+    case GemmFamily::kPlanes: return "planes";
+    case GemmFamily::kSparse: return "sparse";
+    case GemmFamily::kWeightOnly: return "weight_only";
+    case GemmFamily::kDequantized: break;
+  }
+  return "dequantized";
+}
+
+GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity) {
+  check_grid(weight);
+  const Layout narrow = weight.bits <= 4 ? Layout::kPacked : Layout::kCodes;
+  if (activation == nullptr) {
+    check(sparsity == Sparsity::kNone, "plan_operands: expected a dense weight without a quantized activation, got 4:8 ", to_string(weight),
+          "; quantize the activation, or drop the sparsity");
+    const bool planes = weight.kind == GridKind::kInt && weight.bits <= 3;
+    return {GemmFamily::kWeightOnly, Layout::kValues, planes ? Layout::kPlanes : narrow,
+            "the activation is real: the weight is stored in the fewest bytes and widened to floats"};
+  }
+  check_grid(*activation);
+  if (!has_values(weight) || !has_values(*activation)) {
+    return {GemmFamily::kDequantized, Layout::kCodes, narrow, "the gauss grid has no integer values: both sides are dequantized"};
+  }
+  if (sparsity == Sparsity::kFourEight) {
+    check(weight.bits <= 4, "plan_operands: expected at most 4 bits for a 4:8 sparse weight, got ", to_string(weight),
+          "; use fewer bits, or drop the sparsity");
+    return {GemmFamily::kSparse, Layout::kValues, Layout::kPacked, "4:8 sparse weights keep half of their 4-bit codes"};
+  }
+  if (planes_pay(*activation, weight)) {
+    return {GemmFamily::kPlanes, Layout::kPlanes, Layout::kPlanes, "at most 6 pairs of planes: 1-bit products are faster than int8 ones"};
+  }
+  if (weight.bits <= 4) {
+    return {GemmFamily::kInt4, Layout::kValues, Layout::kPacked, "4-bit weights stay packed, and are widened to int8 on the way"};
+  }
+  return {GemmFamily::kInt8, Layout::kValues, Layout::kCodes, "more than 4 bits: one byte an element on both sides"};
+}
+
+GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
+  check(m >= 0 && n >= 0 && k >= 0, "plan_tile: expected m, n, k >= 0, got ", m, ", ", n, ", ", k);
+  check(compute_capability >= 80, "plan_tile: expected compute capability 80 or higher, got ", compute_capability,
+        "; the kernels need the tensor cores of that generation");
+  check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
+  const TileRow& row = *std::find_if(std::begin(kTiles), std::end(kTiles), [&](const TileRow& tile) { return m <= tile.max_m; });
+  // A step of K covers as many bytes whatever the elements: bits are an eighth of a byte.
+  const int32_t block_k = family == GemmFamily::kPlanes ? 8 * row.block_k : row.block_k;
+  int32_t split = 1;
+  if (row.split_k) {
+    const int64_t tiles = ((m + row.block_m - 1) / row.block_m) * ((n + row.block_n - 1) / row.block_n);
+    const int64_t steps = (k + block_k - 1) / block_k;
+    while (2 * split * tiles <= sm_count && 4 * split <= steps) split *= 2;  // a block keeps two steps of K or more
+  }
+  return {row.block_m, row.block_n, block_k, split, row.kernel, row.reason};
+}
+
+}  // namespace quest

@@ -1,0 +1,62 @@
+// The host side of a launch: which device this is, and every CUDA error as a quest::Error that names the operation.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "quest/check.h"
+
+namespace quest::cuda {
+
+inline void check_cuda(const char* op, cudaError_t error) {
+  check(error == cudaSuccess, op, ": CUDA error ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+}
+
+struct Device {
+  int32_t compute_capability;  // 90 for 9.0
+  int32_t sm_count;
+};
+
+// The current device; throws unless the kernels run on it.
+inline Device current_device(const char* op) {
+  int device = 0, major = 0, minor = 0, sm_count = 0;
+  check_cuda(op, cudaGetDevice(&device));
+  check_cuda(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check_cuda(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  check_cuda(op, cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
+  check(major >= 8, op, ": expected a GPU of compute capability 8.0 or later, got ", major, ".", minor, "; move the tensors to the CPU");
+  return {10 * major + minor, sm_count};
+}
+
+inline void check_aligned(const char* op, const char* argument, const void* pointer) {
+  check(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, op, ": expected ", argument,
+        " to start at a multiple of 16 bytes, got address ", pointer, "; pass a copy of it");
+}
+
+inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// Blocks of a one-dimensional grid, checked against what one launch can have.
+inline dim3 grid_of(const char* op, int64_t blocks) {
+  check(blocks <= INT32_MAX, op, ": expected a problem of at most ", INT32_MAX, " thread blocks, got ", blocks, "; split the rows");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  constexpr size_t kSharedWithoutOptIn = 48 * 1024;
+  if (shared_bytes > kSharedWithoutOptIn) {
+    check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace quest::cuda

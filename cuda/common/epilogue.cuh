@@ -1,0 +1,140 @@
+// From accumulators to y: the affine identity of quest/gemm.h in the form that needs only what `quantize` stores,
+//
+//   sum v_a v_w = mul_a mul_w sum u_a u_w + add_w V_a + add_a V_w - K add_a add_w,   V = sum of v over the row = mul_c code_sum + add_c (codes in it)
+//
+// (mul_c, add_c: the affine map of the codes), modulo 2^32; then y = s_a[m] s_w[n] (sum) + bias[n] in the output's type.
+#pragma once
+
+#include <cstdint>
+
+#include "common/chunk.cuh"
+#include "common/operands.cuh"
+#include "quest/gemm.h"
+
+namespace quest::cuda {
+
+struct Output {
+  void* y;
+  DType dtype;
+  const float* bias;  // [n] or nullptr
+  int64_t m, n;
+  bool vectorized;  // rows of y allow 16-byte stores
+};
+
+// One operand's share of the identity. A row adds other_add * V, V from the row's code sum or, where codes are no affine map of values (fp4),
+// summed by the kernel itself.
+struct Correction {
+  const int32_t* code_sum;
+  uint32_t mul, add;  // V = mul code_sum + add
+  uint32_t weight;    // other_add
+  bool sums_values;   // V comes from the kernel
+
+  __device__ __forceinline__ uint32_t row(int64_t r, int32_t value_sum) const {
+    if (weight == 0) return 0;
+    return weight * (sums_values ? static_cast<uint32_t>(value_sum) : mul * static_cast<uint32_t>(code_sum[r]) + add);
+  }
+};
+
+struct IntegerEpilogue {
+  static constexpr bool kSumsValues = true;
+  Output output;
+  const float *a_scale, *w_scale;
+  uint32_t mul, constant;
+  Correction a, w;
+
+  // Per row and per column parts; sums are those of the kernel where sums_values is set.
+  __device__ __forceinline__ uint32_t row_part(int64_t row, int32_t value_sum) const { return a.row(row, value_sum) + constant; }
+  __device__ __forceinline__ uint32_t column_part(int64_t column, int32_t value_sum) const { return w.row(column, value_sum); }
+  __device__ __forceinline__ float row_scale(int64_t row) const { return a_scale[row]; }
+  __device__ __forceinline__ float column_scale(int64_t column) const { return w_scale[column]; }
+  __device__ __forceinline__ float product(int32_t accumulator, uint32_t row_part, uint32_t column_part) const {
+    return static_cast<float>(static_cast<int32_t>(mul * static_cast<uint32_t>(accumulator) + row_part + column_part));
+  }
+};
+
+// Real activations: no identity, no row scale.
+struct RealEpilogue {
+  static constexpr bool kSumsValues = false;
+  Output output;
+  const float* w_scale;
+
+  __device__ __forceinline__ uint32_t row_part(int64_t, int32_t) const { return 0; }
+  __device__ __forceinline__ uint32_t column_part(int64_t, int32_t) const { return 0; }
+  __device__ __forceinline__ float row_scale(int64_t) const { return 1.0f; }
+  __device__ __forceinline__ float column_scale(int64_t column) const { return w_scale[column]; }
+  __device__ __forceinline__ float product(float accumulator, uint32_t, uint32_t) const { return accumulator; }
+};
+
+// y = product * (row scale * column scale) + bias, rounded step by step as on the CPU.
+__device__ __forceinline__ float scaled(float product, float row_scale, float column_scale, float bias) {
+  return __fadd_rn(__fmul_rn(product, __fmul_rn(row_scale, column_scale)), bias);
+}
+
+// One element of y.
+template <typename Epilogue, typename Accumulator>
+__device__ __forceinline__ void store_element(const Epilogue& epilogue, int64_t row, int64_t column, Accumulator accumulator, int32_t a_sum,
+                                              int32_t w_sum) {
+  const Output& output = epilogue.output;
+  const float product = epilogue.product(accumulator, epilogue.row_part(row, a_sum), epilogue.column_part(column, w_sum));
+  const float bias = output.bias != nullptr ? output.bias[column] : 0.0f;
+  const float y = scaled(product, epilogue.row_scale(row), epilogue.column_scale(column), bias);
+  const int64_t index = row * output.n + column;
+  switch (output.dtype) {
+    case DType::kFloat32: static_cast<float*>(output.y)[index] = y; break;
+    case DType::kBFloat16: static_cast<uint16_t*>(output.y)[index] = static_cast<uint16_t>(pack_bfloat16(y, 0.0f)); break;
+    case DType::kFloat16: static_cast<uint16_t*>(output.y)[index] = static_cast<uint16_t>(pack_float16(y, 0.0f)); break;
+  }
+}
+
+// ---- host
+
+// v = mul u + add for the u that operands.cuh makes.
+inline Affine operand_affine(const Operand& operand, bool as_values) {
+  if (as_values) return {1, 0, 0};
+  const bool bytes = operand.layout == Layout::kCodes || operand.layout == Layout::kValues;
+  return affine(operand.grid, bytes ? Layout::kValues : operand.layout);
+}
+
+inline Correction make_correction(const Operand& operand, int32_t other_add, int64_t codes_in_row) {
+  Correction result{};
+  result.code_sum = operand.code_sum;
+  result.weight = static_cast<uint32_t>(other_add);
+  result.sums_values = is_fp4(operand) && other_add != 0;
+  if (!is_fp4(operand)) {
+    const Affine code = affine(operand.grid, Layout::kCodes);
+    result.mul = static_cast<uint32_t>(code.mul);
+    result.add = static_cast<uint32_t>(code.add) * static_cast<uint32_t>(codes_in_row);
+  }
+  return result;
+}
+
+inline Output make_output(void* y, DType dtype, const float* bias, int64_t m, int64_t n) {
+  return {y, dtype, bias, m, n, is_aligned(y, 16) && n * element_size(dtype) % 16 == 0};
+}
+
+// a_as_values, w_as_values: the kernel looks the values of packed codes up.
+inline IntegerEpilogue integer_epilogue(const Operand& a, const Operand& w, bool a_as_values, bool w_as_values, const float* bias, void* y,
+                                        DType dtype, int64_t m, int64_t n, int64_t k) {
+  const Affine a_map = operand_affine(a, a_as_values);
+  const Affine w_map = operand_affine(w, w_as_values);
+  IntegerEpilogue result{};
+  result.output = make_output(y, dtype, bias, m, n);
+  result.a_scale = a.scale;
+  result.w_scale = w.scale;
+  result.mul = static_cast<uint32_t>(a_map.mul * w_map.mul);
+  result.constant = 0u - static_cast<uint32_t>(a_map.add * w_map.add) * static_cast<uint32_t>(k);
+  result.a = make_correction(a, w_map.add, k);
+  result.w = make_correction(w, a_map.add, w.index != nullptr ? k / 2 : k);
+  return result;
+}
+
+inline void check_layout(const char* op, const char* name, const Operand& operand, Layout first, Layout second) {
+  check_grid(operand.grid);
+  check(has_values(operand.grid), op, ": expected ", name, " of a grid with integer values, got ", to_string(operand.grid), "; dequantize it");
+  check(operand.layout == first || operand.layout == second, op, ": expected ", name, " in layout ", to_string(first),
+        first == second ? "" : " or ", first == second ? "" : to_string(second), ", got ", to_string(operand.layout));
+  check(operand.layout != Layout::kPacked || operand.grid.bits <= 4, op, ": expected ", name, " of at most 4 bits for layout packed, got ",
+        to_string(operand.grid));
+}
+
+}  // namespace quest::cuda

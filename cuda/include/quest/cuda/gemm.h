@@ -1,0 +1,27 @@
+// The low-bit matrix products on the GPU: quest/gemm.h says what they compute.
+//
+// All pointers are device memory. Asynchronous on `stream`; no workspace, no atomics: the same operands give the same bits in every run.
+// kPacked and kPlanes operands and indices must start at a multiple of 16 bytes; other operands are fastest when they do and 16 bytes divide a row.
+// Integer sums are exact. gemm_weight_only of bfloat16 or float16 rounds the levels of a gauss grid to that type (other levels are exact in it).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "quest/gemm.h"
+
+namespace quest::cuda {
+
+void gemm_int8(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
+               cudaStream_t stream);
+void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
+               cudaStream_t stream);
+void gemm_planes(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
+                 cudaStream_t stream);
+void gemm_sparse(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
+                 cudaStream_t stream);
+void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
+                      cudaStream_t stream);
+
+}  // namespace quest::cuda

@@ -1,0 +1,29 @@
+// gemm_int4: y = s_a s_w (v_a v_w^T) + bias of a packed weight and a packed or int8 activation. Hopper has no 4-bit tensor cores (they are emulated
+// there at a few percent of the int8 rate), so nibbles are widened to int8 in registers, once per tile, on their way to shared memory.
+#include "common/gemm_skinny.cuh"
+#include "quest/cuda/gemm.h"
+
+namespace quest::cuda {
+
+void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
+               cudaStream_t stream) {
+  const char* op = "gemm_int4";
+  check_layout(op, "a", a, Layout::kPacked, Layout::kValues);
+  check_layout(op, "w", w, Layout::kPacked, Layout::kPacked);
+  check_gemm_depth(op, a.grid, w.grid, k);
+  if (m == 0 || n == 0) return;
+  const Device device = current_device(op);
+  const GemmTile tile = plan_tile(GemmFamily::kInt4, m, n, k, device.compute_capability, device.sm_count);
+  const bool looks_up = is_fp4(a) || is_fp4(w);
+  const NibbleRows w_rows = nibble_rows(op, "w", w, n, k, looks_up);
+  if (a.layout == Layout::kPacked) {
+    const IntegerEpilogue epilogue = integer_epilogue(a, w, looks_up, looks_up, bias, y, dtype, m, n, k);
+    launch_int8<SkinnyNibbles, SkinnyNibbles, NibbleLoader, NibbleLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, k, epilogue,
+                                                                          stream);
+  } else {
+    const IntegerEpilogue epilogue = integer_epilogue(a, w, is_fp4(a), looks_up, bias, y, dtype, m, n, k);
+    launch_int8<SkinnyBytes, SkinnyNibbles, ByteLoader, NibbleLoader>(op, tile, byte_rows(a, m, k), w_rows, k, epilogue, stream);
+  }
+}
+
+}  // namespace quest::cuda

@@ -1,0 +1,65 @@
+// gemm_sparse: the product with a 4:8 sparse packed weight. Its kept codes are expanded to dense int8 rows, 0 where pruned, on their way to shared
+// memory: half the bytes of the dense weight are read, the tensor cores work as for a dense one.
+#include "common/gemm_tile.cuh"
+#include "quest/cuda/gemm.h"
+
+namespace quest::cuda {
+namespace {
+
+// A thread takes the 64 columns of one tile row: 32 kept codes and 8 pair indices.
+template <int ROWS>
+class SparseLoader {
+ public:
+  using Source = SparseRows;
+  __device__ __forceinline__ SparseLoader(const SparseRows& source, int64_t first_row) : source_(source), first_row_(first_row) {}
+
+  __device__ __forceinline__ void fetch(int, int k_tile, uint8_t*) {
+    if (threadIdx.x >= ROWS) return;
+    const int64_t row = first_row_ + threadIdx.x;
+    codes_ = source_.kept.load(row, static_cast<int64_t>(k_tile) * (kTileRowBytes / 4));
+    index_ = source_.load_index(row, static_cast<int64_t>(k_tile) * (kTileRowBytes / 16));
+  }
+  __device__ __forceinline__ void commit(uint8_t* target) {
+    if (threadIdx.x >= ROWS) return;
+    const uint32_t codes[4] = {codes_.x, codes_.y, codes_.z, codes_.w};
+#pragma unroll
+    for (int piece = 0; piece < 4; ++piece) {
+      const uint2 low = source_.expand(codes[piece] & 0xFFFFu, index_ >> (8 * piece) & 15u);
+      const uint2 high = source_.expand(codes[piece] >> 16, index_ >> (8 * piece + 4) & 15u);
+      *reinterpret_cast<uint4*>(target + tile_offset(threadIdx.x, piece)) = make_uint4(low.x, low.y, high.x, high.y);
+    }
+  }
+
+ private:
+  static_assert(ROWS <= kTileThreads, "a thread a row");
+  const SparseRows& source_;
+  int64_t first_row_;
+  uint4 codes_;
+  uint32_t index_;
+};
+
+}  // namespace
+
+void gemm_sparse(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
+                 cudaStream_t stream) {
+  const char* op = "gemm_sparse";
+  check_layout(op, "a", a, Layout::kPacked, Layout::kValues);
+  check_layout(op, "w", w, Layout::kPacked, Layout::kPacked);
+  check(w.index != nullptr, op, ": expected w with a 4:8 index, got none; use gemm_int4");
+  check(k % 8 == 0, op, ": expected 8 to divide k, got ", k);
+  check_gemm_depth(op, a.grid, w.grid, k);
+  if (m == 0 || n == 0) return;
+  const Device device = current_device(op);
+  const GemmTile tile = plan_tile(GemmFamily::kSparse, m, n, k, device.compute_capability, device.sm_count);
+  const SparseRows w_rows = sparse_rows(op, w, n, k);
+  const bool looks_up = is_fp4(a) || is_fp4(w);
+  if (a.layout == Layout::kPacked) {
+    const IntegerEpilogue epilogue = integer_epilogue(a, w, looks_up, true, bias, y, dtype, m, n, k);
+    launch_tile<MmaInt8, NibbleLoader, SparseLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, steps_of(k), epilogue, stream);
+  } else {
+    const IntegerEpilogue epilogue = integer_epilogue(a, w, is_fp4(a), true, bias, y, dtype, m, n, k);
+    launch_tile<MmaInt8, ByteLoader, SparseLoader>(op, tile, byte_rows(a, m, k), w_rows, steps_of(k), epilogue, stream);
+  }
+}
+
+}  // namespace quest::cuda

@@ -1,0 +1,58 @@
+#include "quest/plan.h"
+
+#include "quest/grid.h"
+#include "testing.h"
+
+namespace quest {
+namespace {
+
+using testing::error_text;
+
+TEST(Plan, PlanesWhereTheyPay) {
+  for (int32_t a = 1; a <= 8; ++a) {
+    for (int32_t w = 1; w <= 8; ++w) {
+      const Grid activation{GridKind::kInt, a}, weight{GridKind::kInt, w};
+      const GemmOperands plan = plan_operands(weight, &activation, Sparsity::kNone);
+      const bool planes = a * w <= 6 && a <= 4 && w <= 4;
+      EXPECT_EQ(plan.family, planes ? GemmFamily::kPlanes : w <= 4 ? GemmFamily::kInt4 : GemmFamily::kInt8) << a << " x " << w;
+      EXPECT_EQ(plan.a, planes ? Layout::kPlanes : Layout::kValues);
+      EXPECT_EQ(plan.w, planes ? Layout::kPlanes : w <= 4 ? Layout::kPacked : Layout::kCodes);
+    }
+  }
+}
+
+TEST(Plan, OtherFamilies) {
+  const Grid int4{GridKind::kInt, 4}, gauss4{GridKind::kGauss, 4}, ternary{GridKind::kTernary, 2}, int2{GridKind::kInt, 2};
+  EXPECT_EQ(plan_operands(ternary, &int2, Sparsity::kNone).family, GemmFamily::kInt4);
+  EXPECT_EQ(plan_operands(int4, &int4, Sparsity::kFourEight).family, GemmFamily::kSparse);
+  EXPECT_EQ(plan_operands(gauss4, &int4, Sparsity::kNone).family, GemmFamily::kDequantized);
+  EXPECT_EQ(plan_operands(int4, &gauss4, Sparsity::kNone).family, GemmFamily::kDequantized);
+  EXPECT_EQ(plan_operands(gauss4, nullptr, Sparsity::kNone).family, GemmFamily::kWeightOnly);
+  EXPECT_EQ(plan_operands(int2, nullptr, Sparsity::kNone).w, Layout::kPlanes);
+  EXPECT_EQ(plan_operands(ternary, nullptr, Sparsity::kNone).w, Layout::kPacked);
+  EXPECT_EQ(plan_operands({GridKind::kInt, 5}, nullptr, Sparsity::kNone).w, Layout::kCodes);
+  EXPECT_CONTAINS(error_text([&] { plan_operands({GridKind::kInt, 8}, &int4, Sparsity::kFourEight); }), "at most 4 bits");
+  EXPECT_CONTAINS(error_text([&] { plan_operands(int4, nullptr, Sparsity::kFourEight); }), "dense weight");
+}
+
+TEST(Plan, EveryRowHasATileAndAReason) {
+  for (const GemmFamily family : {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes, GemmFamily::kSparse, GemmFamily::kWeightOnly}) {
+    for (const int64_t m : {1, 16, 17, 64, 65, 4096}) {
+      for (const int64_t k : {64, 4096, 32768}) {
+        const GemmTile tile = plan_tile(family, m, 4096, k, 90, 132);
+        EXPECT_GT(tile.block_m * tile.block_n * tile.block_k, 0);
+        EXPECT_GE(tile.split_k, 1);
+        EXPECT_GT(std::strlen(tile.kernel), 0u);
+        EXPECT_GT(std::strlen(tile.reason), 0u);
+      }
+    }
+  }
+}
+
+TEST(Plan, Errors) {
+  EXPECT_CONTAINS(error_text([] { plan_tile(GemmFamily::kInt8, 1, 1, 1, 75, 40); }), "compute capability 80 or higher, got 75");
+  EXPECT_CONTAINS(error_text([] { plan_tile(GemmFamily::kInt8, -1, 1, 1, 90, 132); }), "m, n, k >= 0");
+}
+
+}  // namespace
+}  // namespace quest
