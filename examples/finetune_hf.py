@@ -3,7 +3,7 @@
     python examples/finetune_hf.py                     # a small random model, made from its config: nothing is fetched
     python examples/finetune_hf.py path/to/llama       # a model directory, by from_pretrained
 
-The quantization is the four lines marked with an arrow; all else is an ordinary torch loop.
+The quantization is the two lines marked with an arrow; all else is an ordinary torch loop.
 """
 
 import sys
@@ -19,8 +19,8 @@ if len(sys.argv) > 1:
 else:
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -31,17 +31,17 @@ quest.prepare(model, quest.QuantConfig(weight="int4", activation="int4"))  # <- 
 
 # A text small enough to learn by heart: bytes as token ids.
 text = b"".join(b"%d squared is %d. " % (i, i * i) for i in range(100))
-tokens = torch.tensor(list(text)).unfold(0, 64, 16)  # [sequences, 64]
+tokens = torch.tensor(list(text)).unfold(0, 32, 8)  # [sequences, 32]
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
 model.train()
-for step in range(40):
+for step in range(30):
     batch = tokens[torch.randint(len(tokens), (8,))]
     loss = model(input_ids=batch, labels=batch).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    if step % 10 == 0 or step == 39:
+    if step % 10 == 0 or step == 29:
         print(f"step {step:2}  loss {loss.item():.3f}")
 
 model.eval()

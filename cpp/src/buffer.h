@@ -14,7 +14,7 @@ template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(round_up(count * static_cast<int64_t>(sizeof(T)), kScratchAlignment), kAlignment))) {}
+      : data_(static_cast<T*>(::operator new(round_up(count* static_cast<int64_t>(sizeof(T)), kScratchAlignment), kAlignment))) {}
   ~Buffer() { ::operator delete(data_, kAlignment); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

@@ -1,4 +1,5 @@
-// Checks and preparation of the products: which panels, which integers they hold, and how the work is split. The products are in isa/gemm.cpp.
+// Checks and preparation of the products: which panels, which integers they hold, and how the work is split. The products are in
+// isa/gemm.cpp.
 #include "quest/gemm.h"
 
 #include <algorithm>
@@ -30,20 +31,21 @@ void check_shape(const char* op, int64_t m, int64_t n, int64_t k) {
 
 void check_layout(const char* op, const char* argument, const Operand& operand, Layout first, Layout second) {
   check(operand.layout == first || operand.layout == second, op, ": expected ", argument, " in layout ", to_string(first),
-        first == second ? "" : " or " + to_string(second), ", got ", to_string(operand.layout), "; write it in that layout with quantize or pack");
+        first == second ? "" : " or " + to_string(second), ", got ", to_string(operand.layout),
+        "; write it in that layout with quantize or pack");
 }
 
 void check_operand(const char* op, const char* argument, const Operand& operand) {
   check_grid(operand.grid);
   check(has_values(operand.grid), op, ": expected ", argument, " on a grid with integer values, got ", to_string(operand.grid),
         "; dequantize it and multiply in floating point");
-  check(operand.layout != Layout::kPacked || operand.grid.bits <= 4, op, ": expected ", argument, " of at most 4 bits in layout packed, got ",
-        to_string(operand.grid), "; use layout codes");
+  check(operand.layout != Layout::kPacked || operand.grid.bits <= 4, op, ": expected ", argument,
+        " of at most 4 bits in layout packed, got ", to_string(operand.grid), "; use layout codes");
 }
 
 void check_index(const char* op, const Operand& w, bool sparse) {
-  check(sparse == (w.index != nullptr), op, ": expected w ", sparse ? "with" : "without", " a 4:8 index, got ",
-        sparse ? "none" : "one", "; use ", sparse ? "the product of its layout" : "gemm_sparse");
+  check(sparse == (w.index != nullptr), op, ": expected w ", sparse ? "with" : "without", " a 4:8 index, got ", sparse ? "none" : "one",
+        "; use ", sparse ? "the product of its layout" : "gemm_sparse");
 }
 
 // The bytes of a: signed integers u with v = mul u + add, every stored byte or nibble by table.
@@ -83,21 +85,24 @@ void set_w_bytes(const Operand& w, GemmTask& task) {
   task.add_w = static_cast<uint32_t>(value.add);
 }
 
-// a in blocks of rows: its panel, then the columns of y, both in parallel. `x`: a's data; `rows_bytes`: of one stored row.
+// An odd number of cache lines: rows a power of two apart would share the same few sets of the cache.
+int64_t panel_stride(int64_t bytes) {
+  const int64_t lines = round_up(bytes, kScratchAlignment) / kScratchAlignment;
+  return (lines | 1) * kScratchAlignment;
+}
+
+// a in blocks of rows: its panel, then the columns of y, both in parallel.
 void run(GemmTask task, const Operand& w, const float* a_scale, const float* bias, void* y, DType dtype, int64_t m,
          const ParallelFor& parallel_for) {
   const Kernels& kernel = kernels();
   const int64_t columns = task.n;
   if (m == 0 || columns == 0) return;
   const int64_t k = task.k;
-  if (task.panel == Panel::kBits) {
-    const int64_t plane_bytes = round_up((k + 7) / 8, kernel.panel_bytes);
-    task.a_stride = task.a_planes * plane_bytes;
-    task.w_stride = task.w_planes * plane_bytes;
-  } else {
-    const int64_t width = task.panel == Panel::kFloats ? sizeof(float) : 1;
-    task.a_stride = task.w_stride = width * round_up(k, 2 * kernel.panel_bytes);
-  }
+  const int64_t width = task.panel == Panel::kFloats ? sizeof(float) : 1;
+  task.depth = task.panel == Panel::kBits ? round_up((k + 7) / 8, kernel.panel_bytes) : width * round_up(k, 2 * kernel.panel_bytes);
+  const bool planes = task.panel == Panel::kBits;
+  task.a_stride = panel_stride((planes ? task.a_planes : 1) * task.depth);
+  task.w_stride = panel_stride((planes ? task.w_planes : 1) * task.depth);
   task.halves = task.panel != Panel::kBits && task.w_layout == Layout::kPacked && w.index == nullptr;
   task.w = static_cast<const uint8_t*>(w.data);
   task.w_index = w.index;
@@ -112,7 +117,7 @@ void run(GemmTask task, const Operand& w, const float* a_scale, const float* bia
 
   const int64_t block_m = std::min(m, kBlockM);
   const int64_t tile = kernel.tile_n;
-  const int64_t fitting = (m <= kFewRows ? kPanelL1 : kPanelL2) / std::max<int64_t>(task.w_stride, 1);
+  const int64_t fitting = (m <= kFewRows ? kPanelL1 : kPanelL2) / task.w_stride;
   // Few columns are still split, for the sake of the threads.
   const int64_t shared = (columns + 7) / 8;
   task.block_n = round_up(std::max<int64_t>(std::min({fitting, shared, kMaxBlockN}), 1), tile);
@@ -123,8 +128,7 @@ void run(GemmTask task, const Operand& w, const float* a_scale, const float* bia
   task.a_sum = sums.data();
   const uint8_t* const a = task.a;
   const int64_t y_row_bytes = columns * element_size(dtype);
-  const int64_t scratch_bytes =
-      task.block_n * task.w_stride + static_cast<int64_t>(sizeof(uint32_t)) * task.block_n * (kernel.tile_m + 2);
+  const int64_t scratch_bytes = task.block_n * task.w_stride + static_cast<int64_t>(sizeof(uint32_t)) * task.block_n * (kernel.tile_m + 2);
   for (int64_t first = 0; first < m; first += block_m) {
     task.m = std::min(block_m, m - first);
     task.a = a + first * task.a_row_bytes;
@@ -160,8 +164,8 @@ void multiply_bytes(const Operand& a, const Operand& w, const float* bias, void*
   set_a_bytes(a, task);
   set_w_bytes(w, task);
   const int32_t largest_a = task.mul_a == 1 && task.add_a == 0 ? max_value(a.grid) : 128;
-  const int32_t largest_w = task.w_table_is_identity || (w.layout == Layout::kValues && w.grid.bits == 8) ? level_count(w.grid) - 1
-                                                                                                            : 2 * max_value(w.grid);
+  const int32_t largest_w =
+      task.w_table_is_identity || (w.layout == Layout::kValues && w.grid.bits == 8) ? level_count(w.grid) - 1 : 2 * max_value(w.grid);
   task.max_pair = 2 * largest_a * largest_w;
   run(task, w, a.scale, bias, y, dtype, m, parallel_for);
 }
@@ -176,8 +180,8 @@ int64_t max_gemm_depth(Grid a, Grid w) {
 
 void check_gemm_depth(const char* op, Grid a, Grid w, int64_t k) {
   const int64_t most = max_gemm_depth(a, w);
-  check(k <= most, op, ": expected k <= ", most, " for ", to_string(a), " x ", to_string(w), ", beyond which int32 sums could overflow, got ",
-        k, "; split k, or use fewer bits");
+  check(k <= most, op, ": expected k <= ", most, " for ", to_string(a), " x ", to_string(w),
+        ", beyond which int32 sums could overflow, got ", k, "; split k, or use fewer bits");
 }
 
 void gemm_int8(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
@@ -259,6 +263,7 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
   task.a_dtype = dtype;
   task.a_row_bytes = k * element_size(dtype);
   for (int32_t code = 0; code < level_count(w.grid); ++code) task.w_levels[code] = code_level(w.grid, code);
+  task.w_uniform = has_values(w.grid) && w.grid.kind != GridKind::kFp4;
   run(task, w, nullptr, bias, y, dtype, m, parallel_for);
 }
 

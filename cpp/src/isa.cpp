@@ -33,8 +33,8 @@ Isa best_isa() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");  // every processor with AVX2 has F16C
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
                       __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vbmi");
   if (avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
@@ -47,8 +47,8 @@ Isa requested_isa() {
   if (text == nullptr || *text == '\0') return best_isa();
   for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
     if (std::string(text) != to_string(isa)) continue;
-    check(isa_available(isa), "QUEST_CPU_ISA: expected an instruction set of this processor, up to ", to_string(best_isa()), ", got \"", text,
-          "\"; choose a lower one or unset it");
+    check(isa_available(isa), "QUEST_CPU_ISA: expected an instruction set of this processor, up to ", to_string(best_isa()), ", got \"",
+          text, "\"; choose a lower one or unset it");
     return isa;
   }
   throw Error(concat("QUEST_CPU_ISA: expected one of portable, avx2, avx512, got \"", text, "\"; correct or unset it"));

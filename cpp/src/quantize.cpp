@@ -76,8 +76,8 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   });
 }
 
-void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, const float* scale, const uint8_t* index, void* y, DType dtype,
-                int64_t rows, int64_t k, const ParallelFor& parallel_for) {
+void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, const float* scale, const uint8_t* index, void* y,
+                DType dtype, int64_t rows, int64_t k, const ParallelFor& parallel_for) {
   check_layout("dequantize", quantizer, layout, rows, k);
   const Grid grid = quantizer.grid;
   DequantizeTask task{};

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
-#include <initializer_list>
 #include <iomanip>
 #include <locale>
 #include <numeric>
@@ -91,8 +90,7 @@ std::string float_text(float value) {
     float back = 0;
     std::istringstream in(out.str());
     in.imbue(std::locale::classic());
-    in >> back;
-    if (back == value || precision == std::numeric_limits<float>::max_digits10) return out.str();
+    if ((in >> back && back == value) || precision == std::numeric_limits<float>::max_digits10) return out.str();
   }
 }
 

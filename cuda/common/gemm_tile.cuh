@@ -80,7 +80,7 @@ class ByteLoader {
   __device__ __forceinline__ void fetch(int plane, int k_tile, uint8_t* target) {
     const int piece = threadIdx.x % 4;
     const int64_t byte = static_cast<int64_t>(k_tile) * kTileRowBytes + piece * 16;
-auto row = [](int i) { return static_cast<int>(threadIdx.x) / 4 + i * (kTileThreads / 4); };
+    auto row = [](int i) { return static_cast<int>(threadIdx.x) / 4 + i * (kTileThreads / 4); };
     if (source_.copies()) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {

@@ -48,6 +48,8 @@ def plan_linear(a: Quantizer | None, w: Quantizer | None) -> LinearPlan:
     w = None if w is None else replace(w, output="rotated" if rotated else "original")
     if w is None:
         return LinearPlan(a, w, "codes", "codes", "dequantized", packed_op=False)
+    if w.sparse and (a is None or w.bits > 4):  # no kernel has these operands
+        return LinearPlan(a, w, "codes", "packed" if w.bits <= 4 else "codes", "dequantized", packed_op=False)
     operands = plan_operands(w.grid_name, a.grid_name if a else None, w.sparsity)
     family, w_layout = operands["family"], cast(Layout, operands["w"])
     if a is None:
@@ -59,7 +61,9 @@ def plan_linear(a: Quantizer | None, w: Quantizer | None) -> LinearPlan:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" has no autocast
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _x_hat(operand: Codes | Tensor, quantizer: Quantizer | None, layout: Layout, k: int, dtype: torch.dtype) -> Tensor:
@@ -114,7 +118,8 @@ class _QuestLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, dtype, k = ctx.plan, ctx.dtype, ctx.k
-        saved_a, saved_w = ctx.saved_tensors[: ctx.saved_for_a], ctx.saved_tensors[ctx.saved_for_a :]
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second access
+        saved_a, saved_w = saved[: ctx.saved_for_a], saved[ctx.saved_for_a :]
         a = Codes(*saved_a) if plan.a else saved_a[0]
         w = Codes(*saved_w) if plan.w else saved_w[0]
         x_dtype, weight_dtype, bias_dtype = ctx.input_dtypes
@@ -212,12 +217,10 @@ class QuestLinear(nn.Linear):
 class PackedLinear(nn.Module):
     """The inference form of QuestLinear: the weight stored as codes, the product taken by one torch.ops.quest.linear.
 
-    x [*, in_features] -> [*, out_features], in autocast's dtype where that is on, else in the dtype of x. Without
-    gradients.
+    x [*, in_features] -> [*, out_features], in autocast's dtype where that is on, else in that of x. Without gradients.
     Buffers: weight_codes in the layout of the plan, weight_scale float32 [out], weight_code_sum int32 [out],
     weight_index (4:8 sparse weights only), bias float32 [out] or None; they keep these dtypes through .to(dtype). A
-    new layer's buffers are not initialised:
-    it is filled by load_state_dict (on "meta": with assign=True) or made by `from_linear`.
+    new layer's buffers hold nothing: load_state_dict fills them (on "meta": with assign=True), or use `from_linear`.
     Products that have no integer or weight-only kernel (gauss, rotations that differ) are taken by F.linear on
     dequantized operands.
     """
@@ -278,8 +281,7 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def from_linear(layer: QuestLinear) -> PackedLinear:
-        """The packed form of a trained layer, on its device. Raises ValueError where the layer's weight is not
-        quantized."""
+        """The packed form of a trained layer, on its device. Raises ValueError where its weight is not quantized."""
         if layer.weight_quantizer is None:
             raise ValueError(
                 "PackedLinear: the layer quantizes its input alone: there is no weight to pack; keep it as it is"

@@ -1,10 +1,8 @@
-"""torch.ops.quest.* as typed functions, with the fake implementations and gradients that torch.compile and autograd
-need.
+"""torch.ops.quest.* as typed functions, with the fakes and gradients that torch.compile and autograd need.
 
 The kernels live in the C++ libraries that importing quest._C loads; this file adds to each operation what it means
 (docstring), which shapes it gives (fake), and its gradient where it has one (hadamard: itself). All operations are
-functional, run on CPU and CUDA, and take a quantizer or a grid as its string (quest.Quantizer). Shapes: K is the
-last dimension of a matrix of codes, * all leading ones.
+functional and run on CPU and CUDA. Shapes: K is the last dimension of a matrix of codes, * all leading ones.
 
 Layouts of codes, by rows of K integers; packed rows are padded with zero bytes to 16:
     codes    uint8 [*, K]                      one code a byte
@@ -327,9 +325,9 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 torch.library.register_autograd("quest::hadamard", _hadamard_backward, setup_context=_hadamard_setup)
 
 
-# The other operations have none: their results never require a gradient, whatever their arguments do (estimators give the
-# gradients, one layer above). Falling through autograd says so, and costs a call nothing.
-_library = torch.library.Library("quest", "IMPL")
+# The other operations have none: their results never require a gradient, whatever their arguments do (the estimators
+# give gradients, one layer above). Falling through autograd says so, and costs a call nothing.
+_library = torch.library.Library("quest", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "quantize",
     "dequantize",
@@ -341,4 +339,4 @@ for _name in (
     "gemm_weight_only",
     "linear",
 ):
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]

@@ -58,7 +58,8 @@ def default_block(k: int) -> int:
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     """x blockdiag(H/sqrt(B)) along the last dimension, [*, K] -> [*, K]. Differentiable."""
     block = block or default_block(x.shape[-1])
-    return (x.double().reshape(*x.shape[:-1], x.shape[-1] // block, block) @ hadamard_matrix(block).to(x.device)).flatten(-2)
+    blocks = x.double().reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    return (blocks @ hadamard_matrix(block).to(x.device)).flatten(-2)
 
 
 # ---- grids ----

@@ -1,7 +1,6 @@
-#include "quest/gemm.h"
-
 #include <functional>
 
+#include "quest/gemm.h"
 #include "quest/grid.h"
 #include "quest/packing.h"
 #include "testing.h"
@@ -150,9 +149,11 @@ TEST(Gemm, SparseIsExactForAllGrids) {
   Random random(4);
   for (const Grid w : value_grids(4)) {
     for (const Grid a : value_grids(8)) {
-      expect_exact(gemm_sparse, make(random, a, Layout::kValues, 3, 168), make(random, w, Layout::kPacked, 7, 168, Fill::kRandom, true), random);
+      expect_exact(gemm_sparse, make(random, a, Layout::kValues, 3, 168), make(random, w, Layout::kPacked, 7, 168, Fill::kRandom, true),
+                   random);
       if (a.bits > 4) continue;
-      expect_exact(gemm_sparse, make(random, a, Layout::kPacked, 3, 168), make(random, w, Layout::kPacked, 7, 168, Fill::kRandom, true), random);
+      expect_exact(gemm_sparse, make(random, a, Layout::kPacked, 3, 168), make(random, w, Layout::kPacked, 7, 168, Fill::kRandom, true),
+                   random);
     }
   }
 }
@@ -193,8 +194,8 @@ TEST(Gemm, ExtremeCodesAtGreatDepthAreExact) {
       expect_exact(gemm_int4, make(random, int8, Layout::kValues, 2, k, fa), make(random, kInt4, Layout::kPacked, 5, k, fw), random);
       for (int32_t b = 1; b <= 4; ++b) {
         const Grid grid{GridKind::kInt, b};
-        expect_exact(gemm_planes, make(random, grid, Layout::kPlanes, 2, k, fa), make(random, {GridKind::kInt, 1}, Layout::kPlanes, 5, k, fw),
-                     random);
+        expect_exact(gemm_planes, make(random, grid, Layout::kPlanes, 2, k, fa),
+                     make(random, {GridKind::kInt, 1}, Layout::kPlanes, 5, k, fw), random);
       }
     }
   }
@@ -206,7 +207,8 @@ TEST(Gemm, DepthLimit) {
   EXPECT_EQ(max_gemm_depth(int7, int7), 133144);
   Random random(8);
   const int64_t k = 33025;
-  expect_exact(gemm_int8, make(random, int8, Layout::kCodes, 1, k, Fill::kTop), make(random, int8, Layout::kCodes, 1, k, Fill::kBottom), random);
+  expect_exact(gemm_int8, make(random, int8, Layout::kCodes, 1, k, Fill::kTop), make(random, int8, Layout::kCodes, 1, k, Fill::kBottom),
+               random);
   const Matrix a = make(random, int8, Layout::kCodes, 1, k + 1), w = make(random, int8, Layout::kCodes, 1, k + 1);
   EXPECT_CONTAINS(error_text([&] { multiply(gemm_int8, a, w, nullptr, serial_for); }), "gemm_int8: expected k <= 33025 for int8 x int8");
 }
@@ -231,8 +233,9 @@ TEST(Gemm, EmptyShapesAndNanRows) {
     }
     const Matrix a = make(random, kInt4, Layout::kValues, 0, 8), w = make(random, kInt4, Layout::kPacked, 3, 8);
     EXPECT_TRUE(multiply(gemm_int4, a, w, nullptr, serial_for).empty());
-    EXPECT_TRUE(multiply(gemm_int4, make(random, kInt4, Layout::kValues, 3, 8), make(random, kInt4, Layout::kPacked, 0, 8), nullptr, serial_for)
-                    .empty());
+    EXPECT_TRUE(
+        multiply(gemm_int4, make(random, kInt4, Layout::kValues, 3, 8), make(random, kInt4, Layout::kPacked, 0, 8), nullptr, serial_for)
+            .empty());
   });
 }
 
@@ -274,7 +277,8 @@ TEST(Gemm, WeightOnlyForAllGridsLayoutsAndTypes) {
               }
               const double expected = sum * w.scale[i % n] + bias[i % n];
               // Any order of k + 3 float32 roundings, then one of the output type.
-              const double tolerance = (k + 3) * 0x1p-24 * magnitude * w.scale[i % n] + (std::abs(expected) + 1e-6) * testing::rounding(dtype) * 1.01;
+              const double tolerance =
+                  (k + 3) * 0x1p-24 * magnitude * w.scale[i % n] + (std::abs(expected) + 1e-6) * testing::rounding(dtype) * 1.01;
               ASSERT_NEAR(testing::element(y, dtype, i), expected, tolerance) << to_string(grid) << " " << to_string(layout);
             }
           }
@@ -289,7 +293,9 @@ TEST(Gemm, Errors) {
   const Matrix codes = make(random, kInt4, Layout::kCodes, 1, 8), packed = make(random, kInt4, Layout::kPacked, 1, 8);
   const Matrix gauss = make(random, {GridKind::kGauss, 4}, Layout::kCodes, 1, 8);
   const Matrix ternary = make(random, {GridKind::kTernary, 2}, Layout::kPlanes, 1, 8);
-  const auto error = [](Gemm gemm, const Matrix& a, const Matrix& w) { return error_text([&] { multiply(gemm, a, w, nullptr, serial_for); }); };
+  const auto error = [](Gemm gemm, const Matrix& a, const Matrix& w) {
+    return error_text([&] { multiply(gemm, a, w, nullptr, serial_for); });
+  };
   EXPECT_CONTAINS(error(gemm_int8, codes, packed), "gemm_int8: expected w in layout values or codes, got packed");
   EXPECT_CONTAINS(error(gemm_int4, codes, packed), "gemm_int4: expected a in layout packed or values, got codes");
   EXPECT_CONTAINS(error(gemm_int8, gauss, codes), "expected a on a grid with integer values, got gauss4");

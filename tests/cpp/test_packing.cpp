@@ -1,6 +1,5 @@
-#include "quest/packing.h"
-
 #include "quest/grid.h"
+#include "quest/packing.h"
 #include "testing.h"
 
 namespace quest {

@@ -1,6 +1,5 @@
-#include "quest/plan.h"
-
 #include "quest/grid.h"
+#include "quest/plan.h"
 #include "testing.h"
 
 namespace quest {
@@ -36,7 +35,8 @@ TEST(Plan, OtherFamilies) {
 }
 
 TEST(Plan, EveryRowHasATileAndAReason) {
-  for (const GemmFamily family : {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes, GemmFamily::kSparse, GemmFamily::kWeightOnly}) {
+  for (const GemmFamily family :
+       {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes, GemmFamily::kSparse, GemmFamily::kWeightOnly}) {
     for (const int64_t m : {1, 16, 17, 64, 65, 4096}) {
       for (const int64_t k : {64, 4096, 32768}) {
         const GemmTile tile = plan_tile(family, m, 4096, k, 90, 132);

@@ -1,10 +1,9 @@
-#include "quest/quantize.h"
-
 #include <algorithm>
 #include <array>
 
 #include "quest/grid.h"
 #include "quest/packing.h"
+#include "quest/quantize.h"
 #include "quest/rotation.h"
 #include "testing.h"
 
@@ -208,7 +207,8 @@ TEST(Quantize, FollowsTheDefinition) {
 
 TEST(Quantize, WidthsAndTypes) {
   testing::for_each_isa([](Isa) {
-    for (const char* text : {"int4-hadamard-trust", "int8-hadamard-clip", "int1-none-clip", "fp4-hadamard-trust", "int4-hadamard-4:8-trust"}) {
+    for (const char* text :
+         {"int4-hadamard-trust", "int8-hadamard-clip", "int1-none-clip", "fp4-hadamard-trust", "int4-hadamard-4:8-trust"}) {
       const Quantizer q = parse_quantizer(text);
       for (const int64_t k : {8, 16, 24, 120, 128, 136, 256, 384, 1000, 4096}) {
         for (const DType dtype : testing::kDTypes) {
@@ -223,7 +223,8 @@ TEST(Quantize, WidthsAndTypes) {
 TEST(Quantize, InstructionSetsAndThreadsAgreeBitForBit) {
   const int64_t rows = 37, k = 520;
   const std::vector<uint8_t> x = testing::to_dtype(Random(5).normals(rows * k), DType::kFloat32);
-  for (const char* text : {"int4-hadamard-trust", "int2-none-clip", "fp4-hadamard-trust", "gauss5-hadamard-trust", "int4-hadamard-4:8-trust"}) {
+  for (const char* text :
+       {"int4-hadamard-trust", "int2-none-clip", "fp4-hadamard-trust", "gauss5-hadamard-trust", "int4-hadamard-4:8-trust"}) {
     const Quantizer q = parse_quantizer(text);
     for (const Layout layout : layouts_of(q)) {
       const Output expected(q, layout, x.data(), DType::kFloat32, rows, k, serial_for);
@@ -336,8 +337,8 @@ TEST(Quantize, DequantizeGivesScaleTimesLevel) {
         for (const Layout layout : layouts_of(q)) {
           const Output out(q, layout, x.data(), DType::kFloat32, rows, k, serial_for);
           std::vector<float> y(rows * k);
-          dequantize(q, layout, out.codes.data(), out.scale.data(), out.index.empty() ? nullptr : out.index.data(), y.data(), DType::kFloat32,
-                     rows, k, testing::threads_for(2));
+          dequantize(q, layout, out.codes.data(), out.scale.data(), out.index.empty() ? nullptr : out.index.data(), y.data(),
+                     DType::kFloat32, rows, k, testing::threads_for(2));
           for (int64_t i = 0; i < rows * k; ++i) ASSERT_EQ(y[i], x_hat[i]) << to_string(q) << " " << to_string(layout) << " at " << i;
         }
       }
@@ -390,7 +391,8 @@ TEST(Quantize, BackwardMasksThenRotates) {
 TEST(Quantize, SampledErrorIsTheTables) {
   const int64_t rows = 256, k = 1024;
   const std::vector<float> x = Random(11).normals(rows * k);
-  for (const auto& [bits, expected] : std::vector<std::pair<int32_t, double>>{{1, .36338}, {2, .11885}, {3, .03744}, {4, .011543}, {8, 8.782e-5}}) {
+  for (const auto& [bits, expected] :
+       std::vector<std::pair<int32_t, double>>{{1, .36338}, {2, .11885}, {3, .03744}, {4, .011543}, {8, 8.782e-5}}) {
     const Quantizer q{{GridKind::kInt, bits}, Rotation::kNone};
     const Output out(q, Layout::kCodes, x.data(), DType::kFloat32, rows, k, serial_for);
     std::vector<float> y(rows * k);
@@ -410,13 +412,9 @@ TEST(Quantize, Errors) {
   EXPECT_CONTAINS(error("gauss4-hadamard-trust", Layout::kValues), "expected a grid with integer values for layout values, got gauss4");
   EXPECT_CONTAINS(error("int5-hadamard-trust", Layout::kPacked), "expected at most 4 bits for layout packed, got grid int5");
   const Quantizer sparse = parse_quantizer("int4-none-4:8-ste");
-  EXPECT_CONTAINS(error_text([&] {
-                    dequantize(sparse, Layout::kPlanes, x, x, nullptr, x, DType::kFloat32, 1, 8, serial_for);
-                  }),
+  EXPECT_CONTAINS(error_text([&] { dequantize(sparse, Layout::kPlanes, x, x, nullptr, x, DType::kFloat32, 1, 8, serial_for); }),
                   "got planes; use packed");
-  EXPECT_CONTAINS(error_text([&] {
-                    dequantize(sparse, Layout::kPacked, x, x, nullptr, x, DType::kFloat32, 1, 8, serial_for);
-                  }),
+  EXPECT_CONTAINS(error_text([&] { dequantize(sparse, Layout::kPacked, x, x, nullptr, x, DType::kFloat32, 1, 8, serial_for); }),
                   "dequantize: expected index for 4:8 sparsity");
 }
 

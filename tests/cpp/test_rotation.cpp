@@ -1,5 +1,4 @@
 #include "quest/rotation.h"
-
 #include "testing.h"
 
 namespace quest {
@@ -112,7 +111,9 @@ TEST(Rotation, ConversionsRoundToNearestEven) {
 
 TEST(Rotation, Errors) {
   float x[12] = {};
-  const auto error = [&](int64_t k, int64_t block) { return error_text([&] { hadamard(x, x, DType::kFloat32, 1, k, block, serial_for); }); };
+  const auto error = [&](int64_t k, int64_t block) {
+    return error_text([&] { hadamard(x, x, DType::kFloat32, 1, k, block, serial_for); });
+  };
   EXPECT_CONTAINS(error(12, 8), "expected block to divide the last dimension, got block 8 and last dimension 12; use a divisor, at most 4");
   EXPECT_CONTAINS(error(12, 3), "power of two from 1 to 32768, got 3");
   EXPECT_CONTAINS(error(12, 0), "got 0");

@@ -1,7 +1,6 @@
-#include "quest/types.h"
-
 #include <limits>
 
+#include "quest/types.h"
 #include "testing.h"
 
 namespace quest {

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def shared_data(name: str) -> Path:
-    """A file of the shared data folder, which lies beside the repository or where QUEST_TEST_DATA says; skips without."""
+    """A file of the data folder, which lies beside the repository or where QUEST_TEST_DATA says; skips without it."""
     path = Path(os.environ.get("QUEST_TEST_DATA", REPOSITORY.parent / "shared" / "data")) / name
     if not path.exists():
         pytest.skip(f"{path} is not present (QUEST_TEST_DATA names another folder)")
@@ -44,14 +44,14 @@ def _forget_compiled_graphs() -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
-    """The vectors of the paper's public code: inputs x and g [6, 256] and, per case, NAME|kwargs|y and NAME|kwargs|dx."""
+    """The vectors of the paper's public code: inputs x and g [6, 256], and NAME|kwargs|y and |dx per case."""
     with np.load(shared_data("golden_quantizers.npz")) as data:
         return dict(data)
 
 
 def steady_normal(*shape: int, quantizer: Quantizer) -> torch.Tensor:
-    """Normal float32 rows none of whose elements lies within float32 rounding of a threshold of the quantizer, so that its
-    codes, pattern and mask are the same in float64 and in float32. Rows that noise of 3e-6 sigma changes are drawn again."""
+    """Normal float32 rows none of whose elements lies within float32 rounding of a threshold of the quantizer, so that
+    codes, pattern and mask are the same in float64 and float32. Rows that noise of 3e-6 sigma changes are redrawn."""
     x = torch.randn(shape)
     while True:
         expected = reference.quantize(x, quantizer)

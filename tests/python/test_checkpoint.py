@@ -105,9 +105,13 @@ def test_a_full_disk_leaves_the_last_good_one(asynchronous: bool, tmp_path: Path
     store = saved(tmp_path, 1)
     store = CheckpointStore(tmp_path, CheckpointConfig(asynchronous=asynchronous))
     message = r"step-00000002 could not be written \(.+\); the last good one is .*step-00000001. Free disk space"
-    with no_file_above(4096), pytest.raises(CheckpointError, match=message):
+
+    def save_to_the_end() -> None:
         store.save(2, some_tensors(), {})
         store.wait()
+
+    with no_file_above(4096), pytest.raises(CheckpointError, match=message):
+        save_to_the_end()
     assert names(tmp_path) == ["step-00000001"]
     assert read_state(tmp_path / "step-00000001")["step"] == 1
     store.save(3, some_tensors(), {})  # and when there is room again, saving goes on
@@ -144,7 +148,7 @@ def test_damage_is_named_with_a_way_out(file: str, damage: object, message: str,
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="expected a checkpoint .* No such file"):
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint .* No such file"):
         read_state(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="expected a run directory or a checkpoint, found none"):
         load_model(tmp_path)

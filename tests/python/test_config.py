@@ -1,4 +1,4 @@
-"""Configuration: file and command line are one source, round trips, shorthands, recipes, and what is said of mistakes."""
+"""Configuration: file and command line as one source, round trips, shorthands, recipes, and mistakes."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_what_is_said_of_mistakes_in_a_file(text: str, message: str, tmp_path: P
 
 
 def test_no_such_file_names_the_recipes() -> None:
-    with pytest.raises(ConfigError, match="config nowhere: .*30M"):
+    with pytest.raises(ConfigError, match=r"config nowhere: .*30M"):
         parse(["--config", "nowhere"])
 
 
@@ -153,7 +153,7 @@ def test_batches_that_do_not_divide() -> None:
 def test_vocabulary_of_the_model() -> None:
     assert ModelConfig().build(1000, 64).vocab_size == 1000
     assert ModelConfig(vocab_size=1024).build(1000, 64).vocab_size == 1024
-    with pytest.raises(ConfigError, match="model.vocab_size: expected at least the tokenizer's 1000 ids, got 512"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size: expected at least the tokenizer's 1000 ids, got 512"):
         ModelConfig(vocab_size=512).build(1000, 64)
 
 

@@ -1,6 +1,6 @@
 """The vectors of the paper's public code, forward and gradient, for the reference and for the operations.
 
-Codes and mask bits may differ where an element lies within one float32 rounding of a threshold: at most 1e-3 of the elements.
+Codes and mask bits may differ where an element lies within one float32 rounding of a threshold: at most 1e-3 of them.
 So that one such element counts once, x_hat and dx are compared in rotated space, where both are elementwise.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from quest import Quantizer, fake_quantize, reference
 
-# Not composed quantizers (learned steps, pruning alone), and cases where the paper's code slips: an inverted mask, a clamp
-# without its division, a lopsided ternary grid.
+# Not composed quantizers (learned steps, pruning alone), and cases where the paper's code slips: an inverted mask, a
+# clamp without its division, a lopsided ternary grid.
 NOT_BINDING = re.compile(
     r"LSQ.*|PACTQuantizer.*|FourEightMaskedQuantizer.*|TrustQuantizer\|bits=4,centered=False|STEQuantizer\|bits=1\.585"
 )
@@ -90,8 +90,8 @@ def composed(case: str) -> Quantizer:
 
 
 def assert_same(got: Tensor, expected: np.ndarray, rotate: bool) -> None:
-    """Equal but for a share of 1e-3. Tolerance: float32 rounding of sums of 128 terms, and the 1e-8 that the paper's code adds
-    to the scale of every grid (here of the int grid alone), which counts in the row whose rms is 1e-3."""
+    """Equal but for a share of 1e-3. Tolerance: float32 rounding of sums of 128 terms, and 1e-8 that the paper's code
+    adds to the scale of every grid (here: of the int grid alone), which counts in the row whose rms is 1e-3."""
     difference = got.detach().double().cpu() - torch.from_numpy(expected).double()
     if rotate:
         difference = reference.hadamard(difference)

@@ -33,14 +33,14 @@ def test_values(shape: tuple[int, ...], block: int | None, dtype: torch.dtype, d
     y = ops.hadamard(x, block)
     assert (y.dtype, y.shape) == (dtype, x.shape)
     expected = reference.hadamard(x, block)
-    # log2(block) <= 10 float32 additions on numbers that sum to at most the block's l2 norm, then one rounding to dtype.
+    # log2(block) <= 10 float32 additions on numbers of at most the block's l2 norm, then one rounding to dtype.
     tolerance = 12 * EPSILON[torch.float32] * x.double().norm() + EPSILON[dtype] * expected.abs()
     assert ((y.double() - expected).abs() <= tolerance).all()
 
 
 @pytest.mark.parametrize("log_block", range(16))
 def test_signs_of_every_block(log_block: int, device: torch.device) -> None:
-    """Row i of the identity becomes row i of H: H[i, j] = (-1)^popcount(i & j) / sqrt(n), exact to the last bit of 1/sqrt(n)."""
+    """Row i of the identity becomes row i of H: H[i, j] = (-1)^popcount(i & j) / sqrt(n)."""
     n = 2**log_block
     rows = torch.tensor([0, n - 1, n // 3, n // 2])
     x = torch.zeros(4, n)

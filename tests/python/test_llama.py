@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quest.models.llama import PRESETS, Llama, LlamaConfig, rotate_pairs, rotary_table
+from quest.models.llama import PRESETS, Llama, LlamaConfig, rotary_table, rotate_pairs
 
 # Float32 sums in another order: 1e-5 is far above their rounding here and far below any wrong position or mask.
 TOLERANCE = 1e-5

@@ -1,6 +1,7 @@
 """torch.ops.quest.quantize, dequantize and quantize_backward, and fake_quantize, against the float64 definition.
 
-Inputs are steady (conftest): no element lies within float32 rounding of a threshold, so codes, patterns and masks must be equal.
+Inputs are steady (conftest): no element lies within float32 rounding of a threshold, so codes, patterns and masks must
+be equal.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def test_fake_quantize(text: str, device: torch.device) -> None:
     assert exact.grad is not None
     for function in (fake_quantize, torch.compile(fake_quantize, fullgraph=True, backend="aot_eager")):
         leaf = x.clone().to(device).requires_grad_()
-        with SavedTensors() as saved:
+        saved = SavedTensors()
+        with saved:
             x_hat = function(leaf, text)
         x_hat.backward(g.to(device))
         assert_close(x_hat.detach(), expected.detach())
@@ -153,7 +155,7 @@ def test_fake_quantize(text: str, device: torch.device) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e38])
 @pytest.mark.parametrize("text", ["int4-hadamard-trust", "int1-none-clip", "fp4-none-ste", "int4-hadamard-4:8-trust"])
 def test_bad_rows(text: str, bad: float, device: torch.device) -> None:
-    """NaN, an infinity, or a square sum beyond float32: scale NaN, codes, sum and mask 0; the rows beside it are whole."""
+    """NaN, an infinity, or squares beyond float32: scale NaN, codes, sum and mask 0; the rows beside it are whole."""
     q = Quantizer.parse(text)
     x = torch.randn(3, 128, device=device)
     x[1, 77] = bad
@@ -214,8 +216,8 @@ MEAN_SQUARED_ERROR = {1: 0.36338, 2: 0.11885, 3: 0.03744, 4: 0.011543, 8: 8.782e
 
 @pytest.mark.parametrize("bits", MEAN_SQUARED_ERROR)
 def test_mean_squared_error_on_normal_data(bits: int, device: torch.device) -> None:
-    """The paper's table, by a million samples. Its error by sampling is under 0.5 %, but 5 % at 8 bits, where a hundred rare
-    values beyond the grid make up an eighth of the error."""
+    """The paper's table, by a million samples. Sampling is off by less than 0.5 %, but 5 % at 8 bits, where a hundred
+    rare values beyond the grid make up an eighth of the error."""
     x = torch.randn(256, 4096, device=device)
     x_hat = fake_quantize(x, Quantizer(bits=bits, output="original"))
     error = (x_hat - x).square().double().mean().item()

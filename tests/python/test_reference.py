@@ -140,7 +140,7 @@ def test_storage_by_hand() -> None:
     codes = torch.tensor([[1, 2, 3]])
     assert reference.pack_nibbles(codes).tolist() == [[0x21, 0x03] + [0] * 14]
     assert reference.pack_planes(codes, 2).tolist() == [[[0b101] + [0] * 15], [[0b110] + [0] * 15]]
-    keep = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1] + [0, 0, 1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    keep = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0]], dtype=torch.bool)
     assert reference.pack_index(keep).tolist() == [[(0 | 3 << 2) | (1 | 2 << 2) << 4] + [0] * 15]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_decays_to_the_final_factor_without_rising(name: str) -> None:
     values = factors(name=name, final_factor=0.1)
     assert values[TOTAL] == pytest.approx(0.1)
     after = values[100:]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(after))
 
 
 def test_cosine_and_linear_at_half_way() -> None:

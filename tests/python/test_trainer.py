@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from quest.train.metrics import MetricsLog, flops_per_token, read_records
 from quest.train.plot import plot_losses
 from quest.train.trainer import StopSignals, TrainingError, TrainResult, losses_of, train
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box with jolly liquor".split()
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards box with jolly liquor"
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A data section: sentences of few words, which a small model learns in a few steps."""
     folder = tmp_path_factory.mktemp("data")
     chooser = random.Random(0)
-    documents = [" ".join(chooser.choices(WORDS, k=60)) for _ in range(200)]
+    documents = [" ".join(chooser.choices(SENTENCE.split(), k=60)) for _ in range(200)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return {
         "train": [str(folder / "text.jsonl")],
@@ -68,6 +70,18 @@ def configured(data: dict[str, Any], tmp_path: Path) -> functools.partial[TrainC
     return functools.partial(make)
 
 
+@pytest.fixture(autouse=True)
+def without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than most of these runs; tests marked so by their argument `plots` draw."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(trainer_module, "plot_losses", lambda runs, output: None)
+
+
+@pytest.fixture
+def plots() -> None:
+    """Asks for the plot that a run draws."""
+
+
 def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in read_records(run_dir) if "loss" in record]
 
@@ -79,7 +93,7 @@ def final_tensors(result: TrainResult) -> dict[str, torch.Tensor]:
 # What a run does and leaves.
 
 
-def test_a_run_learns_and_leaves_its_files(configured: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_learns_and_leaves_its_files(configured: Any, plots: None, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(configured(steps=60, evaluation={"every": 30}, checkpoint={"every": 50}))
     run = result.run_dir
     assert result.finished
@@ -243,6 +257,15 @@ def test_two_processes_train_as_one(configured: Any, tmp_path: Path) -> None:
 # Stopping and going on.
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the processes that tests start: sums of other numbers of threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def environment() -> dict[str, str]:
     """One thread for each process, as the tests share few cores, and the package under test."""
     path = str(Path(quest.__file__).parents[1])
@@ -264,7 +287,9 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
     raise AssertionError(f"step {step} was not reached: {process.communicate()[1]}")
 
 
-def test_killed_anywhere_the_loss_curve_is_that_of_a_run_never_stopped(configured: Any, tmp_path: Path) -> None:
+def test_killed_anywhere_the_loss_curve_is_that_of_a_run_never_stopped(
+    configured: Any, one_thread: None, tmp_path: Path
+) -> None:
     sections = {
         "steps": 120,
         "micro_batch_size": 2,
@@ -273,8 +298,6 @@ def test_killed_anywhere_the_loss_curve_is_that_of_a_run_never_stopped(configure
         "checkpoint": {"every": 3, "keep_last": 2, "asynchronous": True},
     }
     dump(configured("killed", **sections), tmp_path / "killed.toml")
-    dump(configured("straight", **sections), tmp_path / "straight.toml")
-    straight = start(tmp_path / "straight.toml")
     chooser = random.Random()
     for kill in range(5):
         process = start(tmp_path / "killed.toml", "--resume", "auto")
@@ -284,9 +307,9 @@ def test_killed_anywhere_the_loss_curve_is_that_of_a_run_never_stopped(configure
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     last = start(tmp_path / "killed.toml", "--resume", "auto")
-    for process in (last, straight):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    _, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors
+    train(configured("straight", **sections))
     assert len(losses(tmp_path / "killed")) == 120
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     assert sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()) == [
@@ -297,22 +320,28 @@ def test_killed_anywhere_the_loss_curve_is_that_of_a_run_never_stopped(configure
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_the_run(number: signal.Signals, configured: Any, tmp_path: Path) -> None:
-    dump(configured(steps=100_000, checkpoint={"every": 100_000}, evaluation={"every": 0}), tmp_path / "c.toml")
-    process = start(tmp_path / "c.toml")
-    wait_for_step(process, tmp_path / "run", 3)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    def interrupt() -> None:
+        while len(read_records(tmp_path / "run")) < 3:
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=interrupt, daemon=True)
+    sender.start()
+    result = train(configured(steps=100_000, checkpoint={"every": 100_000}, evaluation={"every": 0}))
+    sender.join()
+    assert not result.finished
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert read_state(checkpoint)["step"] == losses(tmp_path / "run")[-1][0]
+    assert read_state(checkpoint)["step"] == result.step == losses(tmp_path / "run")[-1][0]
+    assert train(configured(steps=result.step + 1, resume="auto")).finished
 
 
 def test_a_second_interrupt_aborts() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+    with StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.received
-        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -329,8 +358,10 @@ def test_a_finished_run_resumed_has_nothing_to_do(configured: Any) -> None:
 
 def test_a_new_run_does_not_touch_an_old_one(configured: Any) -> None:
     result = train(configured())
-    with pytest.raises(ConfigError, match="has step-00000008; go on with --resume auto, or choose another run_dir"):
+    with pytest.raises(ConfigError, match="has step-00000008; go on from there with --resume auto"):
         train(configured())
+    with pytest.raises(ConfigError, match="has step-00000008"):
+        train(configured(resume=str(result.run_dir / "checkpoints" / "step-00000004")))
     assert len(losses(result.run_dir)) == 8
 
 
@@ -365,13 +396,15 @@ def test_resuming_from_a_damaged_checkpoint(configured: Any) -> None:
     result = train(configured())
     file = result.run_dir / "checkpoints" / "step-00000008" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="step-00000008 is damaged: __0_0.distcp .*to go on from step-00000004"):
+    with pytest.raises(CheckpointError, match=r"step-00000008 is damaged: __0_0.distcp .*to go on from step-00000004"):
         train(configured(resume="auto", steps=9))
 
 
 def test_a_loss_that_is_not_finite(configured: Any) -> None:
     config = configured(optim={"name": "sgd", "learning_rate": 1e30, "clip_norm": 0.0}, checkpoint={"every": 1})
-    with pytest.raises(TrainingError, match=r"is (nan|inf) at step \d+; no weight was changed .* is .*step-0") as caught:
+    with pytest.raises(
+        TrainingError, match=r"is (nan|inf) at step \d+; no weight was changed .* is .*step-0"
+    ) as caught:
         train(config)
     step = int(str(caught.value).split("at step ")[1].split(";")[0])
     assert step > 1
@@ -416,7 +449,7 @@ def test_a_sink_that_is_not_installed(
 
 
 def test_a_vocabulary_larger_than_the_model(configured: Any) -> None:
-    with pytest.raises(ConfigError, match="model.vocab_size: expected at least the tokenizer's"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size: expected at least the tokenizer's"):
         train(configured(model={"vocab_size": 257}))
 
 

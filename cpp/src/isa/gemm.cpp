@@ -1,11 +1,12 @@
 // Products of panels, for every kind of operand.
 //
-// A panel holds rows widened to what the multiplier takes (bytes, plane bits or floats), K contiguous and padded with zeros. The panel of a is made
-// once; that of w a block of rows at a time, small enough for L2, so that packed weights are widened once per block of a and never reach memory.
-// Inside, kTileM x kTileN dot products along K share registers. Bytes are a signed times w unsigned, what maddubs and vpdpbusd take; whatever
-// integers they stand for is put right at the end by the identity of gemm.h.
+// A panel holds rows widened to what the multiplier takes (bytes, plane bits or floats), K contiguous and padded with zeros. The panel of a
+// is made once; that of w a block of rows at a time, small enough for L2, so that packed weights are widened once per block of a and never
+// reach memory. Inside, kTileM x kTileN dot products along K share registers. Bytes are a signed times w unsigned, what maddubs and
+// vpdpbusd take; whatever integers they stand for is put right at the end by the identity of gemm.h.
 //
-// Few-bit planes use popcounts only where those beat bytes (the caller decides): one AND + popcount + add does 512 1-bit products, a vpdpbusd 64.
+// Few-bit planes use popcounts only where those beat bytes (the caller decides): one AND + popcount + add does 512 1-bit products, a
+// vpdpbusd 64.
 #include "isa/simd.h"
 
 namespace quest::QUEST_ISA {
@@ -13,7 +14,8 @@ namespace {
 
 // ---- panels ----
 
-// The codes of a packed row in panel order: in every 2 kPanelBytes columns the even ones first. `bytes` of them, a multiple of 2 kPanelBytes.
+// The codes of a packed row in panel order: in every 2 kPanelBytes columns the even ones first. `bytes` of them, a multiple of 2
+// kPanelBytes.
 static inline void unpack_halves(const uint8_t* row, int64_t row_bytes, int64_t bytes, uint8_t* out) {
   for (int64_t i = 0; i < bytes; i += 2 * kPanelBytes) {
     const uint8_t* in = row + i / 2;
@@ -96,13 +98,57 @@ static void zero_padding(T* row, int64_t k, int64_t count, bool halves) {
   }
 }
 
-// The values of a 4:8 sparse row in column order. The bytes are XORed with that of value 0, so that pruned pairs are what no kept pair touches.
+#if defined(__AVX2__)
+
+// For an index byte, two groups of 8 columns: which of the 8 kept bytes goes to each of the 16 columns; 0x80, which shuffles to 0, where
+// pruned.
+struct SparseShuffles {
+  alignas(16) uint8_t byte[256][16];
+};
+
+constexpr SparseShuffles make_sparse_shuffles() {
+  SparseShuffles shuffles{};
+  for (int index = 0; index < 256; ++index) {
+    for (int column = 0; column < 16; ++column) shuffles.byte[index][column] = 0x80;
+    for (int kept = 0; kept < 8; ++kept) {
+      const int pair = index >> (kept / 2 * 2) & 3;
+      shuffles.byte[index][kept / 4 * 8 + 2 * pair + kept % 2] = static_cast<uint8_t>(kept);
+    }
+  }
+  return shuffles;
+}
+
+constexpr SparseShuffles kSparseShuffles = make_sparse_shuffles();
+
+#endif
+
+// The values of a 4:8 sparse row in column order. The bytes are XORed with that of value 0, so that pruned pairs are what no kept pair
+// touches.
 static void expand_sparse(const GemmTask& task, int64_t n, uint8_t* out) {
   const uint8_t* row = task.w + n * task.w_row_bytes;
   const uint8_t* index = task.w_index + n * task.w_index_row_bytes;
-  const uint64_t zero = 0x0101010101010101u * task.w_zero;
-  uint8_t table[16];
+  alignas(16) uint8_t table[16];
   for (int c = 0; c < 16; ++c) table[c] = task.w_table[c] ^ task.w_zero;
+#if defined(__AVX2__)
+  // 16 packed bytes are 64 columns; rows, index and panel are all padded to that.
+  const auto load16 = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+  const __m128i values = load16(table);
+  const __m128i zero = _mm_set1_epi8(static_cast<char>(task.w_zero));
+  const __m128i low = _mm_set1_epi8(15);
+  for (int64_t i = 0; i < task.k; i += 64) {
+    const __m128i packed = load16(row + i / 4);
+    const __m128i even = _mm_shuffle_epi8(values, _mm_and_si128(packed, low));
+    const __m128i odd = _mm_shuffle_epi8(values, _mm_and_si128(_mm_srli_epi16(packed, 4), low));
+    const __m128i kept[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+    for (int j = 0; j < 4; ++j) {
+      const __m128i eight = j % 2 ? _mm_srli_si128(kept[j / 2], 8) : kept[j / 2];
+      const __m128i spread = _mm_shuffle_epi8(eight, load16(kSparseShuffles.byte[index[i / 16 + j]]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i + 16 * j), _mm_xor_si128(spread, zero));
+    }
+  }
+  const int64_t written = (task.k + 63) / 64 * 64;
+#else
+  const uint64_t zero = 0x0101010101010101u * task.w_zero;
   for (int64_t group = 0; group < task.k / 8; ++group) {
     const int pairs = index[group / 2] >> (group % 2 * 4);
     const uint8_t* in = row + 2 * group;
@@ -111,44 +157,66 @@ static void expand_sparse(const GemmTask& task, int64_t n, uint8_t* out) {
     const uint64_t eight = zero ^ (first << (16 * (pairs & 3)) | second << (16 * (pairs >> 2 & 3)));
     std::memcpy(out + 8 * group, &eight, 8);
   }
-  std::memset(out + task.k, 0, task.w_stride - task.k);
+  const int64_t written = task.k;
+#endif
+  std::memset(out + written, 0, task.depth - written);
 }
 
-static void copy_planes(const uint8_t* row, int32_t planes, int64_t plane_stride, int64_t row_bytes, int64_t stride, uint8_t* out) {
-  const int64_t plane_bytes = stride / planes;
+static void copy_planes(const uint8_t* row, int32_t planes, int64_t plane_stride, int64_t row_bytes, int64_t plane_bytes, uint8_t* out) {
   for (int32_t j = 0; j < planes; ++j) {
     std::memcpy(out + j * plane_bytes, row + j * plane_stride, row_bytes);
     std::memset(out + j * plane_bytes + row_bytes, 0, plane_bytes - row_bytes);
   }
 }
 
+// The levels of kPanelBytes codes.
+static inline void widen(const GemmTask& task, const uint8_t* codes, float* levels) {
+  if (task.w_uniform) {
+    const float first = task.w_levels[0];
+    const float step = task.w_levels[1] - first;
+    for (int64_t j = 0; j < kPanelBytes; ++j) levels[j] = first + step * static_cast<float>(codes[j]);
+    return;
+  }
+#if defined(__AVX512F__)
+  if (task.w_planes <= 4) {  // a table that fits a register
+    const __m512 table = _mm512_loadu_ps(task.w_levels);
+    for (int64_t j = 0; j < kPanelBytes; j += 16) {
+      const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + j)));
+      _mm512_storeu_ps(levels + j, _mm512_permutexvar_ps(c, table));
+    }
+    return;
+  }
+#elif defined(__AVX2__)
+  if (task.w_planes <= 4) {  // a table that fits two registers
+    const __m256 lower = _mm256_loadu_ps(task.w_levels);
+    const __m256 upper = _mm256_loadu_ps(task.w_levels + 8);
+    for (int64_t j = 0; j < kPanelBytes; j += 8) {
+      const __m256i c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + j)));
+      const __m256 is_upper = _mm256_castsi256_ps(_mm256_slli_epi32(c, 28));  // bit 3 is the sign
+      _mm256_storeu_ps(levels + j, _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, c), _mm256_permutevar8x32_ps(upper, c), is_upper));
+    }
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < kPanelBytes; ++j) levels[j] = task.w_levels[codes[j]];
+}
+
 static void fill_w_row(const GemmTask& task, int64_t n, uint8_t* out) {
   const uint8_t* row = task.w + n * task.w_row_bytes;
-  if (task.panel == Panel::kBits) return copy_planes(row, task.w_planes, task.w_plane_stride, task.w_row_bytes, task.w_stride, out);
+  if (task.panel == Panel::kBits) return copy_planes(row, task.w_planes, task.w_plane_stride, task.w_row_bytes, task.depth, out);
   if (task.w_index) return expand_sparse(task, n, out);
   if (task.panel == Panel::kBytes) {
-    read_row(row, task.w_layout, task.w_planes, task.w_plane_stride, task.w_row_bytes, task.k, task.halves, task.w_stride, out);
-    if (!task.w_table_is_identity) look_up(task.w_table, task.w_stride, out, task.w_layout == Layout::kPacked);
+    read_row(row, task.w_layout, task.w_planes, task.w_plane_stride, task.w_row_bytes, task.k, task.halves, task.depth, out);
+    if (!task.w_table_is_identity) look_up(task.w_table, task.depth, out, task.w_layout == Layout::kPacked);
     return;
   }
   // Floats: codes first, at the end of the row, where the widening does not overtake them.
-  const int64_t count = task.w_stride / 4;
+  const int64_t count = task.depth / 4;
   uint8_t* codes = out + 3 * count;
   read_row(row, task.w_layout, task.w_planes, task.w_plane_stride, task.w_row_bytes, task.k, task.halves, count, codes);
   for (int64_t i = 0; i < count; i += kPanelBytes) {
     float levels[kPanelBytes];
-#if defined(__AVX512F__)
-    if (task.w_planes <= 4) {
-      const __m512 table = _mm512_loadu_ps(task.w_levels);
-      for (int j = 0; j < kPanelBytes; j += 16) {
-        const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i + j)));
-        _mm512_storeu_ps(levels + j, _mm512_permutexvar_ps(c, table));
-      }
-      std::memcpy(out + 4 * i, levels, sizeof(levels));
-      continue;
-    }
-#endif
-    for (int64_t j = 0; j < kPanelBytes; ++j) levels[j] = task.w_levels[codes[i + j]];
+    widen(task, codes + i, levels);
     std::memcpy(out + 4 * i, levels, sizeof(levels));
   }
 }
@@ -164,37 +232,60 @@ static inline __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
 }
 
+// sum += products of four neighbouring bytes. In place by force: from the intrinsic GCC makes two register copies a step, and keeps arrays
+// of sums in memory, which takes half the speed.
+__attribute__((always_inline)) static inline void add_products(__m512i& sum, __m512i w, __m512i a) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(a));
+}
+
+// The sums of MR rows, one after the other.
+template <int MR>
+struct ByteSums {
+  __m512i sum0 = _mm512_setzero_si512();
+  __m512i sum1 = _mm512_setzero_si512();
+  __m512i sum2 = _mm512_setzero_si512();
+  __m512i sum3 = _mm512_setzero_si512();
+  ByteSums<MR - 1> rest;
+
+  __attribute__((always_inline)) void add(__m512i w0, __m512i w1, __m512i w2, __m512i w3, const uint8_t* a, int64_t stride) {
+    const __m512i v = _mm512_load_si512(a);
+    add_products(sum0, w0, v);
+    add_products(sum1, w1, v);
+    add_products(sum2, w2, v);
+    add_products(sum3, w3, v);
+    if constexpr (MR > 1) rest.add(w0, w1, w2, w3, a + stride, stride);
+  }
+  __attribute__((always_inline)) void write(uint32_t* out, int64_t stride) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sum_lanes(sum0, sum1, sum2, sum3));
+    if constexpr (MR > 1) rest.write(out + stride, stride);
+  }
+};
+template <>
+struct ByteSums<0> {};
+
 template <int MR>
 static void dot_bytes(const GemmTask& task, const uint8_t* a, const uint8_t* w, uint32_t* out, int64_t out_stride) {
+  ByteSums<MR> sums;
+  const int64_t stride = task.w_stride;
+  for (int64_t p = 0; p < task.depth; p += 64) {
+    const uint8_t* b = w + p;
+    sums.add(_mm512_load_si512(b), _mm512_load_si512(b + stride), _mm512_load_si512(b + 2 * stride), _mm512_load_si512(b + 3 * stride),
+             a + p, task.a_stride);
+  }
+  sums.write(out, out_stride);
+}
+
+template <int MR>
+static void dot_bits(const GemmTask& task, const uint8_t* a, const uint8_t* w, int shift, uint32_t* out, int64_t out_stride) {
   __m512i acc[MR][kTileN];
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm512_setzero_si512();
   }
-  for (int64_t p = 0; p < task.w_stride; p += 64) {
+  for (int64_t p = 0; p < task.depth; p += 64) {
     __m512i b[kTileN];
     for (int j = 0; j < kTileN; ++j) b[j] = _mm512_load_si512(w + j * task.w_stride + p);
     for (int i = 0; i < MR; ++i) {
       const __m512i v = _mm512_load_si512(a + i * task.a_stride + p);
-      for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], b[j], v);
-    }
-  }
-  for (int i = 0; i < MR; ++i) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_stride), sum_lanes(acc[i][0], acc[i][1], acc[i][2], acc[i][3]));
-  }
-}
-
-template <int MR>
-static void dot_bits(const uint8_t* a, int64_t a_stride, const uint8_t* w, int64_t w_stride, int64_t bytes, int shift, uint32_t* out,
-                     int64_t out_stride) {
-  __m512i acc[MR][kTileN];
-  for (int i = 0; i < MR; ++i) {
-    for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm512_setzero_si512();
-  }
-  for (int64_t p = 0; p < bytes; p += 64) {
-    __m512i b[kTileN];
-    for (int j = 0; j < kTileN; ++j) b[j] = _mm512_load_si512(w + j * w_stride + p);
-    for (int i = 0; i < MR; ++i) {
-      const __m512i v = _mm512_load_si512(a + i * a_stride + p);
       for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm512_add_epi64(acc[i][j], _mm512_popcnt_epi64(_mm512_and_si512(b[j], v)));
     }
   }
@@ -212,7 +303,7 @@ static void dot_floats(const GemmTask& task, const uint8_t* a, const uint8_t* w,
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm512_setzero_ps();
   }
-  for (int64_t p = 0; p < task.w_stride; p += 64) {
+  for (int64_t p = 0; p < task.depth; p += 64) {
     __m512 b[kTileN];
     for (int j = 0; j < kTileN; ++j) b[j] = _mm512_load_ps(w + j * task.w_stride + p);
     for (int i = 0; i < MR; ++i) {
@@ -243,9 +334,9 @@ static void dot_narrow(const GemmTask& task, const uint8_t* a, const uint8_t* w,
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < kTileN; ++j) total[i][j] = _mm256_setzero_si256();
   }
-  const int64_t depth = 32767 / task.max_pair * kPanelBytes;
-  for (int64_t begin = 0; begin < task.w_stride; begin += depth) {
-    const int64_t end = smaller(begin + depth, task.w_stride);
+  const int64_t flush = 32767 / task.max_pair * kPanelBytes;
+  for (int64_t begin = 0; begin < task.depth; begin += flush) {
+    const int64_t end = smaller(begin + flush, task.depth);
     __m256i acc[MR][kTileN];
     for (int i = 0; i < MR; ++i) {
       for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm256_setzero_si256();
@@ -275,7 +366,7 @@ static void dot_wide(const GemmTask& task, const uint8_t* a, const uint8_t* w, u
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm256_setzero_si256();
   }
-  for (int64_t p = 0; p < task.w_stride; p += 16) {
+  for (int64_t p = 0; p < task.depth; p += 16) {
     __m256i b[kTileN];
     for (int j = 0; j < kTileN; ++j) {
       b[j] = _mm256_cvtepu8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(w + j * task.w_stride + p)));
@@ -301,8 +392,7 @@ static void dot_bytes(const GemmTask& task, const uint8_t* a, const uint8_t* w, 
 
 // Counts of nibbles by table look-up, in byte sums for as long as those cannot overflow.
 template <int MR>
-static void dot_bits(const uint8_t* a, int64_t a_stride, const uint8_t* w, int64_t w_stride, int64_t bytes, int shift, uint32_t* out,
-                     int64_t out_stride) {
+static void dot_bits(const GemmTask& task, const uint8_t* a, const uint8_t* w, int shift, uint32_t* out, int64_t out_stride) {
   const __m256i counts = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
   const __m256i low = _mm256_set1_epi8(15);
   constexpr int64_t kDepth = 31 * kPanelBytes;  // a step adds up to 8
@@ -310,17 +400,17 @@ static void dot_bits(const uint8_t* a, int64_t a_stride, const uint8_t* w, int64
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < kTileN; ++j) total[i][j] = _mm256_setzero_si256();
   }
-  for (int64_t begin = 0; begin < bytes; begin += kDepth) {
-    const int64_t end = smaller(begin + kDepth, bytes);
+  for (int64_t begin = 0; begin < task.depth; begin += kDepth) {
+    const int64_t end = smaller(begin + kDepth, task.depth);
     __m256i acc[MR][kTileN];
     for (int i = 0; i < MR; ++i) {
       for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm256_setzero_si256();
     }
     for (int64_t p = begin; p < end; p += kPanelBytes) {
       for (int i = 0; i < MR; ++i) {
-        const __m256i v = load_bytes(a + i * a_stride + p);
+        const __m256i v = load_bytes(a + i * task.a_stride + p);
         for (int j = 0; j < kTileN; ++j) {
-          const __m256i both = _mm256_and_si256(v, load_bytes(w + j * w_stride + p));
+          const __m256i both = _mm256_and_si256(v, load_bytes(w + j * task.w_stride + p));
           const __m256i lo = _mm256_shuffle_epi8(counts, _mm256_and_si256(both, low));
           const __m256i hi = _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi16(both, 4), low));
           acc[i][j] = _mm256_add_epi8(acc[i][j], _mm256_add_epi8(lo, hi));
@@ -347,7 +437,7 @@ static void dot_floats(const GemmTask& task, const uint8_t* a, const uint8_t* w,
     for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm256_setzero_ps();
   }
   const auto floats = [](const uint8_t* p) { return _mm256_load_ps(reinterpret_cast<const float*>(p)); };
-  for (int64_t p = 0; p < task.w_stride; p += 32) {
+  for (int64_t p = 0; p < task.depth; p += 32) {
     __m256 b[kTileN];
     for (int j = 0; j < kTileN; ++j) b[j] = floats(w + j * task.w_stride + p);
     for (int i = 0; i < MR; ++i) {
@@ -370,7 +460,7 @@ static void dot_bytes(const GemmTask& task, const uint8_t* a, const uint8_t* w, 
     for (int j = 0; j < kTileN; ++j) {
       const uint8_t* y = w + j * task.w_stride;
       uint32_t sum = 0;  // products of 16 bits, which the vectoriser widens and adds in pairs
-      for (int64_t p = 0; p < task.w_stride; ++p) sum += static_cast<uint32_t>(static_cast<int16_t>(x[p]) * static_cast<int16_t>(y[p]));
+      for (int64_t p = 0; p < task.depth; ++p) sum += static_cast<uint32_t>(static_cast<int16_t>(x[p]) * static_cast<int16_t>(y[p]));
       out[i * out_stride + j] = sum;
     }
   }
@@ -383,15 +473,14 @@ static inline uint64_t count_bits(uint64_t x) {
 }
 
 template <int MR>
-static void dot_bits(const uint8_t* a, int64_t a_stride, const uint8_t* w, int64_t w_stride, int64_t bytes, int shift, uint32_t* out,
-                     int64_t out_stride) {
+static void dot_bits(const GemmTask& task, const uint8_t* a, const uint8_t* w, int shift, uint32_t* out, int64_t out_stride) {
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < kTileN; ++j) {
       uint64_t sum = 0;
-      for (int64_t p = 0; p < bytes; p += 8) {
+      for (int64_t p = 0; p < task.depth; p += 8) {
         uint64_t x, y;
-        std::memcpy(&x, a + i * a_stride + p, 8);
-        std::memcpy(&y, w + j * w_stride + p, 8);
+        std::memcpy(&x, a + i * task.a_stride + p, 8);
+        std::memcpy(&y, w + j * task.w_stride + p, 8);
         sum += count_bits(x & y);
       }
       out[i * out_stride + j] += static_cast<uint32_t>(sum << shift);
@@ -407,7 +496,7 @@ static void dot_floats(const GemmTask& task, const uint8_t* a, const uint8_t* w,
       const float* y = reinterpret_cast<const float*>(w + j * task.w_stride);
       Vec sum[4];
       for (Vec& s : sum) s = broadcast(0.0f);
-      for (int64_t p = 0; p < task.w_stride / 4; p += 16) {
+      for (int64_t p = 0; p < task.depth / 4; p += 16) {
         for (int q = 0; q < 4; ++q) sum[q] = add(sum[q], mul(load(x + p + 4 * q), load(y + p + 4 * q)));
       }
       const Vec s = add(add(sum[0], sum[1]), add(sum[2], sum[3]));
@@ -424,8 +513,6 @@ static void dot_rows(const GemmTask& task, const uint8_t* a, int64_t rows, const
   if constexpr (MR > 1) {
     if (rows < MR) return dot_rows<MR - 1>(task, a, rows, w, columns, out);
   }
-  const int64_t a_plane = task.a_stride / task.a_planes;
-  const int64_t w_plane = task.w_stride / task.w_planes;
   for (int64_t j = 0; j < columns; j += kTileN) {
     const uint8_t* tile = w + j * task.w_stride;
     switch (task.panel) {
@@ -435,7 +522,7 @@ static void dot_rows(const GemmTask& task, const uint8_t* a, int64_t rows, const
         for (int i = 0; i < MR; ++i) std::memset(out + i * columns + j, 0, kTileN * sizeof(uint32_t));
         for (int32_t p = 0; p < task.a_planes; ++p) {
           for (int32_t q = 0; q < task.w_planes; ++q) {
-            dot_bits<MR>(a + p * a_plane, task.a_stride, tile + q * w_plane, task.w_stride, a_plane, p + q, out + j, columns);
+            dot_bits<MR>(task, a + p * task.depth, tile + q * task.depth, p + q, out + j, columns);
           }
         }
         break;
@@ -474,7 +561,7 @@ void fill_a(const GemmTask& task, int64_t begin, int64_t end) {
     uint8_t* out = task.a_panel + r * task.a_stride;
     const uint8_t* row = task.a + r * task.a_row_bytes;
     if (task.panel == Panel::kFloats) {
-      const int64_t count = task.a_stride / 4;
+      const int64_t count = task.depth / 4;
       float* floats = reinterpret_cast<float*>(out);
       if (!task.halves) {
         load_floats(row, task.a_dtype, task.k, floats);
@@ -490,18 +577,17 @@ void fill_a(const GemmTask& task, int64_t begin, int64_t end) {
       continue;
     }
     if (task.panel == Panel::kBits) {
-      const int64_t plane_bytes = task.a_stride / task.a_planes;
       if (r == task.m) {  // the row of ones: plane 0 alone
         std::memset(out, 0, task.a_stride);
-        std::memset(out, 0xFF, plane_bytes);
+        std::memset(out, 0xFF, task.depth);
         continue;
       }
-      copy_planes(row, task.a_planes, task.a_plane_stride, task.a_row_bytes, task.a_stride, out);
+      copy_planes(row, task.a_planes, task.a_plane_stride, task.a_row_bytes, task.depth, out);
       uint32_t sum = 0;
       for (int32_t j = 0; j < task.a_planes; ++j) {
-        for (int64_t i = 0; i < plane_bytes; i += 8) {
+        for (int64_t i = 0; i < task.depth; i += 8) {
           uint64_t bits;
-          std::memcpy(&bits, out + j * plane_bytes + i, 8);
+          std::memcpy(&bits, out + j * task.depth + i, 8);
           sum += static_cast<uint32_t>(__builtin_popcountll(bits)) << j;
         }
       }
@@ -509,15 +595,15 @@ void fill_a(const GemmTask& task, int64_t begin, int64_t end) {
       continue;
     }
     if (r == task.m) {
-      std::memset(out, 1, task.a_stride);
+      std::memset(out, 1, task.depth);
     } else {
-      read_row(row, task.a_layout, task.a_planes, task.a_plane_stride, task.a_row_bytes, task.k, task.halves, task.a_stride, out);
-      look_up(task.a_table, task.a_stride, out, task.a_layout == Layout::kPacked);
+      read_row(row, task.a_layout, task.a_planes, task.a_plane_stride, task.a_row_bytes, task.k, task.halves, task.depth, out);
+      look_up(task.a_table, task.depth, out, task.a_layout == Layout::kPacked);
     }
-    zero_padding(out, task.k, task.a_stride, task.halves);
+    zero_padding(out, task.k, task.depth, task.halves);
     if (r == task.m) continue;
     int32_t sum = 0;
-    for (int64_t i = 0; i < task.a_stride; ++i) sum += static_cast<int8_t>(out[i]);
+    for (int64_t i = 0; i < task.depth; ++i) sum += static_cast<int8_t>(out[i]);
     task.a_sum[r] = static_cast<uint32_t>(sum);
   }
 }

@@ -11,7 +11,7 @@ constexpr int32_t kMaxBitProducts = 2;
 #endif
 
 extern const Kernels kTable;
-const Kernels kTable = {kPanelBytes, kTileM,     kTileN,    kMaxBitProducts, rotate_rows, quantize_rows, dequantize_rows,
-                        find_above,  pack_rows,  unpack_rows, fill_a,        gemm};
+const Kernels kTable = {kPanelBytes,     kTileM,     kTileN,    kMaxBitProducts, rotate_rows, quantize_rows,
+                        dequantize_rows, find_above, pack_rows, unpack_rows,     fill_a,      gemm};
 
 }  // namespace quest::QUEST_ISA

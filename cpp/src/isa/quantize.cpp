@@ -1,5 +1,5 @@
-// quantize and dequantize, a row at a time: the row lies as float32 in scratch (L1, or L2 for long rows), is rotated there, and its codes, mask bits
-// and index leave in 64-column steps.
+// quantize and dequantize, a row at a time: the row lies as float32 in scratch (L1, or L2 for long rows), is rotated there, and its codes,
+// mask bits and index leave in 64-column steps.
 #include "isa/simd.h"
 
 namespace quest::QUEST_ISA {
@@ -61,9 +61,15 @@ static void write_affine(const AffineCodes& a, const float* x, float reciprocal,
   }
 }
 
-// Number of middles below the value, by halving: n - 1 of them.
+// Number of the n - 1 middles below the value: by comparing with each where they are few, which needs no gather, else by halving.
 static void write_nearest(const float* middles, int32_t n, const float* z, int32_t* found) {
   for (int j = 0; j < kChunk; ++j) found[j] = 0;
+  if (n <= 16) {
+    for (int32_t i = 0; i < n - 1; ++i) {
+      for (int j = 0; j < kChunk; ++j) found[j] += z[j] > middles[i];
+    }
+    return;
+  }
   for (int32_t step = n / 2; step > 0; step /= 2) {
     for (int j = 0; j < kChunk; ++j) found[j] += z[j] > middles[found[j] + step - 1] ? step : 0;
   }
@@ -80,24 +86,37 @@ static void write_table_codes(const QuantizeTask& task, const float* x, float re
 
 // Which of 64 values 4:8 sparsity keeps (0 or 1), and eight index nibbles.
 static uint32_t write_kept(const float* x, uint8_t* kept) {
-  uint32_t index = 0;
-  for (int group = 0; group < 8; ++group) {
-    float norm[4];
-    for (int p = 0; p < 4; ++p) {
-      const float a = x[8 * group + 2 * p];
-      const float b = x[8 * group + 2 * p + 1];
-      norm[p] = a * a + b * b;
+  constexpr int kGroups = kChunk / 8;
+  float norm[4][kGroups];
+  for (int p = 0; p < 4; ++p) {
+    for (int g = 0; g < kGroups; ++g) {
+      const float a = x[8 * g + 2 * p];
+      const float b = x[8 * g + 2 * p + 1];
+      norm[p][g] = a * a + b * b;
     }
-    int position = 0;
+  }
+  int32_t before[4][kGroups] = {};  // pairs that come before this one: larger, or as large and earlier
+  for (int p = 0; p < 4; ++p) {
+    for (int q = 0; q < 4; ++q) {
+      for (int g = 0; g < kGroups; ++g) before[p][g] += q < p ? norm[q][g] >= norm[p][g] : norm[q][g] > norm[p][g];
+    }
+  }
+  uint32_t index = 0;
+  for (int g = 0; g < kGroups; ++g) {
+    int position = 4 * g;
     for (int p = 0; p < 4; ++p) {
-      int before = 0;  // pairs that come before this one: larger, or as large and earlier
-      for (int q = 0; q < 4; ++q) before += q < p ? norm[q] >= norm[p] : norm[q] > norm[p];
-      const bool keep = before < 2;
-      kept[8 * group + 2 * p] = kept[8 * group + 2 * p + 1] = keep;
-      if (keep) index |= static_cast<uint32_t>(p) << (4 * group + 2 * position++);
+      const bool keep = before[p][g] < 2;
+      kept[8 * g + 2 * p] = kept[8 * g + 2 * p + 1] = keep;
+      index |= keep ? static_cast<uint32_t>(p) << position : 0;
+      position += keep ? 2 : 0;
     }
   }
   return index;
+}
+
+// The kept codes of eight groups, in order.
+static void compress(const uint8_t* codes, uint32_t index, uint8_t* half) {
+  for (int pair = 0; pair < 2 * kChunk / 8; ++pair) std::memcpy(half + 2 * pair, codes + pair / 2 * 8 + 2 * (index >> (2 * pair) & 3), 2);
 }
 
 static void write_mask(const QuantizeTask& task, const RowGrid& grid, const float* x, const uint8_t* codes, const uint8_t* kept,
@@ -170,8 +189,9 @@ static void quantize_row(const QuantizeTask& task, int64_t r, float* row) {
     } else {
       write_affine(affine, x, grid.reciprocal, codes);
     }
+    uint32_t index = 0;
     if (task.sparse) {
-      const uint32_t index = write_kept(x, kept);
+      index = write_kept(x, kept);
       std::memcpy(task.index + r * task.index_row_bytes + i / 16, &index, (count + 15) / 16);
       if (count % 16) task.index[r * task.index_row_bytes + i / 16 + count / 16] &= 0x0F;
     } else {
@@ -193,12 +213,7 @@ static void quantize_row(const QuantizeTask& task, int64_t r, float* row) {
       write_codes(codes_out, task.layout, task.grid.bits, task.plane_stride, task.code_row_bytes, i, codes);
     } else if (task.sparse) {
       uint8_t half[kChunk] = {};
-      int position = 0;
-      for (int j = 0; j < count; ++j) {
-        half[position] = codes[j];
-        position += kept[j];
-      }
-      std::memset(half + position, 0, kChunk - position);
+      compress(codes, index, half);
       if (task.layout == Layout::kPacked) {
         write_codes(codes_out + i / 4, task.layout, 0, 0, smaller(task.code_row_bytes - i / 4, kChunk / 4), 0, half);
       } else {
@@ -218,6 +233,10 @@ void quantize_rows(const QuantizeTask& task, int64_t begin, int64_t end, float* 
   for (int64_t r = begin; r < end; ++r) quantize_row(task, r, row);
 }
 
+static inline int32_t index_nibble(const DequantizeTask& task, int64_t r, int64_t group) {
+  return task.index[r * task.index_row_bytes + group / 2] >> (group % 2 * 4) & 15;
+}
+
 void dequantize_rows(const DequantizeTask& task, int64_t begin, int64_t end, float* row) {
   const int64_t size = task.dtype == DType::kFloat32 ? 4 : 2;
   const bool half = task.index && task.layout != Layout::kValues;  // the row holds the kept codes alone
@@ -232,15 +251,19 @@ void dequantize_rows(const DequantizeTask& task, int64_t begin, int64_t end, flo
         for (int j = 0; j < kChunk; ++j) row[i + j] = scale * task.levels[codes[j]];
         continue;
       }
-      const uint8_t* index = task.index + r * task.index_row_bytes;
-      for (int64_t group = i / 4; group < smaller(i / 4 + kChunk / 4, task.k / 8); ++group) {
-        const int32_t pairs = index[group / 2] >> (group % 2 * 4);
+      const int64_t last = smaller(i / 4 + kChunk / 4, task.k / 8);
+      for (int64_t group = i / 4; group < last; ++group) {
+        const int32_t pairs = index_nibble(task, r, group);
         float* out = row + 8 * group;
         for (int j = 0; j < 8; ++j) out[j] = scale * 0.0f;
-        for (int j = 0; j < 4; ++j) {
-          const int32_t pair = pairs >> (j / 2 * 2) & 3;
-          out[2 * pair + j % 2] = scale * task.levels[codes[4 * (group - i / 4) + j]];
-        }
+        for (int j = 0; j < 4; ++j) out[2 * (pairs >> (j / 2 * 2) & 3) + j % 2] = scale * task.levels[codes[4 * (group - i / 4) + j]];
+      }
+    }
+    // All values of a sparse row: no 8-bit int value is 0, so the pruned ones are known by the index alone.
+    for (int64_t group = 0; task.index && !half && group < task.k / 8; ++group) {
+      const int32_t pairs = index_nibble(task, r, group);
+      for (int pair = 0; pair < 4; ++pair) {
+        if ((pairs & 3) != pair && pairs >> 2 != pair) row[8 * group + 2 * pair] = row[8 * group + 2 * pair + 1] = scale * 0.0f;
       }
     }
     const int64_t padded = (task.k + kRowChunk - 1) / kRowChunk * kRowChunk;

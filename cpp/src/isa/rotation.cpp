@@ -1,7 +1,7 @@
 // The fast Walsh-Hadamard transform of float32 rows, in scratch.
 //
-// Stages run by rising stride, so that every instruction set rounds alike: strides up to a chunk of eight vectors in registers, then two stages a
-// pass over memory. 1/sqrt(B) is applied once, as the last thing.
+// Stages run by rising stride, so that every instruction set rounds alike: strides up to a chunk of eight vectors in registers, then two
+// stages a pass over memory. 1/sqrt(B) is applied once, as the last thing.
 #include "isa/simd.h"
 
 namespace quest::QUEST_ISA {

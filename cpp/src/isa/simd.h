@@ -316,7 +316,8 @@ static inline void store_floats(const float* in, DType dtype, int64_t count, voi
 
 // ---- functions that the files of one instruction set share ----
 
-// row *= blockdiag(H/sqrt(block)); k floats in scratch, in place. What lies between k and the next multiple of kRowChunk must be finite or unused.
+// row *= blockdiag(H/sqrt(block)); k floats in scratch, in place. What lies between k and the next multiple of kRowChunk must be finite or
+// unused.
 void rotate(float* row, int64_t k, int64_t block);
 
 // The functions of the table.

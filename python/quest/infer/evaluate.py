@@ -118,7 +118,7 @@ class _Text:
 
 
 def _windows(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
-    """Runs of up to length + 1 ids, the last of one being the first of the next: every id but the very first is predicted.
+    """Runs of up to length + 1 ids, the last of one being the first of the next: all but the very first get predicted.
 
     The very first is a separator, after which training begins documents too.
     """

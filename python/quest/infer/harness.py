@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 try:
-    import lm_eval
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(f"evaluation tasks need the package lm_eval: pip install 'quest[eval]' ({error})") from error
@@ -61,7 +62,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Input ids and how many of them were continuation; what the model's context cannot hold is cut on the left."""
         if len(continuation) > self.context:
             raise ValueError(
-                f"lm-eval asks for a continuation of {len(continuation)} tokens, the model's context holds {self.context}"
+                f"lm-eval asks for a continuation of {len(continuation)} tokens, the model's context holds "
+                f"{self.context}"
             )
         return (context + continuation)[-self.context - 1 :], len(continuation)
 
@@ -120,11 +122,11 @@ def evaluate_tasks(
     Raises:
         ValueError: for a name that lm-eval does not know.
     """
-    manager = lm_eval.tasks.TaskManager()
+    manager = TaskManager()
     for task in tasks:
         if isinstance(task, str) and not manager.match_tasks([task]):
             raise ValueError(f"eval: lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
     harness = HarnessModel(model, tokenizer, batch_size)
-    results = lm_eval.simple_evaluate(model=harness, tasks=list(tasks), limit=limit, task_manager=manager)
+    results = simple_evaluate(model=harness, tasks=list(tasks), limit=limit, task_manager=manager)
     scores: dict[str, dict[str, Any]] = results["results"]
     return scores

@@ -85,8 +85,6 @@ class CheckpointStore:
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         path = self.directory / f"step-{step:08d}"
-        if path.exists():  # resumed from it and stopped at once: the state is the same
-            return
         temporary = self.directory / f".{path.name}"
         try:
             with _single_process():

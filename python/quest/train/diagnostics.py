@@ -71,7 +71,7 @@ class Diagnostics:
         return {
             "masked": masked.float().mean().item(),
             "still_masked": None if before is None else _share(masked & before, before),
-            "quantizer_rmse": _relative_error(layer.weight.float(), quantizer),
+            "quantizer_rmse": _relative_error(layer.weight.detach().float(), quantizer),
         }
 
 

@@ -89,7 +89,10 @@ class MetricsLog:
                     "pip install wandb, or leave the project out"
                 ) from None
             self.wandb = wandb.init(
-                project=config.wandb_project, id=run_dir.name, dir=run_dir, resume="allow", config=dict(settings)
+                project=config.wandb_project,
+                dir=run_dir,
+                resume="auto" if resume_step else None,
+                config=dict(settings),
             )
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:

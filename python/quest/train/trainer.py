@@ -167,14 +167,13 @@ class Trainer:
                     loss, stopped = record["loss"], record.pop("stopped")
                     self.step += 1
                     last = stopped or self.step == total
-                    if self.step % config.log.every == 0 or last:
+                    reported = self.step % config.log.every == 0 or last
+                    if reported:
                         rate = (self.step - at) * tokens_per_step / seconds
                         seconds, at = 0.0, self.step
                         record |= {"tokens": self.step * tokens_per_step, **self._costs(rate)}
                         self._write(log, record)
-                        report.step(self.step, record)
-                    else:
-                        report.step(self.step, None)
+                    report.step(self.step, record if reported else None)
                     if config.diagnose.every and self.step % config.diagnose.every == 0:
                         self._write(log, {"diagnostics": self._diagnose()})
                     if config.evaluation.every and (self.step % config.evaluation.every == 0 or self.step == total):
@@ -262,18 +261,17 @@ class Trainer:
     # Saving and resuming.
 
     def _resume_path(self) -> Path | None:
-        directory = self.config.run_dir / "checkpoints"
-        latest = checkpoints.find_latest(directory)
+        """The checkpoint to go on from; a run never goes on beside later checkpoints, or those of another run."""
+        latest = checkpoints.find_latest(self.config.run_dir / "checkpoints")
         if self.config.resume == "auto":
             return latest
-        if self.config.resume == "none":
-            if latest is not None:
-                raise ConfigError(
-                    f"run_dir: expected a directory without checkpoints for a new run, {self.config.run_dir} has "
-                    f"{latest.name}; go on with --resume auto, or choose another run_dir"
-                )
-            return None
-        return Path(self.config.resume)
+        chosen = None if self.config.resume == "none" else Path(self.config.resume)
+        if latest is not None and (chosen is None or chosen.resolve() != latest.resolve()):
+            raise ConfigError(
+                f"run_dir: expected a directory without checkpoints, {self.config.run_dir} has {latest.name}; "
+                f"go on from there with --resume auto, or choose another run_dir"
+            )
+        return chosen
 
     def _save(self) -> None:
         """Writes a checkpoint of this step, unless the one it resumed from is just that."""

@@ -1,0 +1,301 @@
+// quantize, dequantize and quantize_backward on the GPU against the CPU's.
+//
+// quantize adds the squares of a row in another order than the CPU, so sigma may differ in the last bits, and with it codes and mask bits whose
+// x_h/s lies that close to a boundary: at most one in a thousand. Everything else is equal to the bit.
+#include "gpu.h"
+#include "quest/cuda/quantize.h"
+#include "quest/grid.h"
+#include "quest/packing.h"
+
+namespace quest {
+namespace {
+
+using testing::bitwise_equal;
+using testing::error_text;
+using testing::OnDevice;
+using testing::Random;
+
+class Quantize : public testing::GpuTest {};
+class Dequantize : public testing::GpuTest {};
+class QuantizeBackward : public testing::GpuTest {};
+
+constexpr double kShare = 1e-3;
+
+struct Result {
+  std::vector<uint8_t> codes;
+  std::vector<float> scale;
+  std::vector<int32_t> code_sum;
+  std::vector<uint8_t> mask, index;
+};
+
+bool is_sparse(const Quantizer& quantizer) { return quantizer.sparsity == Sparsity::kFourEight; }
+
+int64_t codes_row_bytes(const Quantizer& quantizer, Layout layout, int64_t k) {
+  return row_bytes(layout, is_sparse(quantizer) && layout != Layout::kValues ? k / 2 : k);
+}
+
+int64_t codes_bytes(const Quantizer& quantizer, Layout layout, int64_t rows, int64_t k) {
+  return rows * codes_row_bytes(quantizer, layout, k) * (layout == Layout::kPlanes ? quantizer.grid.bits : 1);
+}
+
+Result quantize_cpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k) {
+  Result result{std::vector<uint8_t>(codes_bytes(quantizer, layout, rows, k)), std::vector<float>(rows), std::vector<int32_t>(rows),
+                std::vector<uint8_t>(rows * plane_row_bytes(k)), std::vector<uint8_t>(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0)};
+  quantize(quantizer, layout, x.data(), dtype, rows, k,
+           {result.codes.data(), result.scale.data(), result.code_sum.data(), result.mask.data(),
+            is_sparse(quantizer) ? result.index.data() : nullptr},
+           serial_for);
+  return result;
+}
+
+template <typename Run>
+Result quantize_gpu_with(const Run& run, const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows,
+                         int64_t k, int64_t offset) {
+  const OnDevice<uint8_t> in(x, offset), codes(codes_bytes(quantizer, layout, rows, k));
+  const OnDevice<uint8_t> mask(rows * plane_row_bytes(k)), index(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0);
+  const OnDevice<float> scale(rows);
+  const OnDevice<int32_t> code_sum(rows);
+  run([&](cudaStream_t stream) {
+    cuda::quantize(quantizer, layout, in.data(), dtype, rows, k,
+                   {codes.data(), scale.data(), code_sum.data(), mask.data(), is_sparse(quantizer) ? index.data() : nullptr}, stream);
+  });
+  return {codes.host(), scale.host(), code_sum.host(), mask.host(), index.host()};
+}
+
+Result quantize_gpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k,
+                    int64_t offset = 0) {
+  return quantize_gpu_with([](const auto& body) { body(nullptr); }, quantizer, layout, x, dtype, rows, k, offset);
+}
+
+void expect_close(const Result& expected, const Result& got) {
+  EXPECT_LE(testing::share_different(expected.codes, got.codes), kShare);
+  EXPECT_LE(testing::share_different(expected.mask, got.mask), kShare);
+  EXPECT_TRUE(bitwise_equal(expected.index, got.index, 16));  // depends on x_h alone
+  for (size_t r = 0; r < expected.scale.size(); ++r) {
+    if (std::isnan(expected.scale[r])) {
+      EXPECT_TRUE(std::isnan(got.scale[r])) << "row " << r;
+    } else {
+      EXPECT_NEAR(got.scale[r], expected.scale[r], 1e-5 * expected.scale[r]) << "row " << r;
+    }
+  }
+}
+
+// What quantize writes in `layout` follows from what it writes as codes: the same numbers, packed by the CPU.
+void expect_same_codes(const Quantizer& quantizer, Layout layout, const Result& codes, const Result& got, int64_t rows, int64_t k) {
+  const int64_t stored = is_sparse(quantizer) ? k / 2 : k;
+  std::vector<uint8_t> expected(codes_bytes(quantizer, layout, rows, k));
+  if (layout == Layout::kValues) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint8_t* row = codes.codes.data() + r * stored;
+      for (int64_t j = 0; j < k; ++j) {
+        if (is_sparse(quantizer)) {
+          const int32_t pairs = codes.index[r * index_row_bytes(k) + j / 16] >> (j / 8 % 2 * 4) & 15;
+          const int64_t pair = j % 8 / 2;
+          if (pair != (pairs & 3) && pair != pairs >> 2) continue;
+        }
+        const int32_t code = *row++;
+        if (std::isnan(codes.scale[r])) continue;
+        expected[r * k + j] = static_cast<uint8_t>(quantizer.grid.bits == 8 ? code - 128 : code_value(quantizer.grid, code));
+      }
+    }
+  } else if (layout == Layout::kCodes) {
+    expected = codes.codes;
+  } else {
+    pack(quantizer.grid, layout, codes.codes.data(), expected.data(), rows, stored, serial_for);
+  }
+  EXPECT_TRUE(bitwise_equal(expected, got.codes, codes_row_bytes(quantizer, layout, k)));
+  EXPECT_EQ(codes.code_sum, got.code_sum);
+  EXPECT_TRUE(bitwise_equal(codes.mask, got.mask, plane_row_bytes(k)));
+}
+
+std::vector<Layout> layouts_of(const Quantizer& quantizer) {
+  std::vector<Layout> layouts = {Layout::kCodes};
+  if (has_values(quantizer.grid)) layouts.push_back(Layout::kValues);
+  if (quantizer.grid.bits <= 4) layouts.push_back(Layout::kPacked);
+  if (!is_sparse(quantizer)) layouts.push_back(Layout::kPlanes);
+  return layouts;
+}
+
+void check_all_layouts(const Quantizer& quantizer, const std::vector<float>& values, DType dtype, int64_t rows, int64_t k, int64_t offset) {
+  SCOPED_TRACE(concat(to_string(quantizer), ", [", rows, ", ", k, "], dtype ", static_cast<int>(dtype), ", offset ", offset));
+  const std::vector<uint8_t> x = testing::to_dtype(values, dtype);
+  const Result codes = quantize_gpu(quantizer, Layout::kCodes, x, dtype, rows, k, offset);
+  expect_close(quantize_cpu(quantizer, Layout::kCodes, x, dtype, rows, k), codes);
+  const int64_t stored = is_sparse(quantizer) ? k / 2 : k;
+  for (int64_t r = 0; r < rows; ++r) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < stored; ++j) sum += codes.codes[r * stored + j];
+    EXPECT_EQ(codes.code_sum[r], sum) << "row " << r;
+  }
+  for (const Layout layout : layouts_of(quantizer)) {
+    SCOPED_TRACE(to_string(layout));
+    expect_same_codes(quantizer, layout, codes, quantize_gpu(quantizer, layout, x, dtype, rows, k, offset), rows, k);
+  }
+}
+
+TEST_F(Quantize, EveryGridInEveryLayout) {
+  Random random(1);
+  for (const Grid grid : testing::all_grids()) {
+    for (const Sparsity sparsity : {Sparsity::kNone, Sparsity::kFourEight}) {
+      Quantizer quantizer;
+      quantizer.grid = grid;
+      quantizer.sparsity = sparsity;
+      check_all_layouts(quantizer, random.normals(3 * 384), DType::kBFloat16, 3, 384, 0);
+    }
+  }
+}
+
+TEST_F(Quantize, EveryEstimatorAndRotation) {
+  Random random(2);
+  for (const char* text : {"int4-none-trust", "int4-hadamard-clip1.2", "int2-none-clip", "int1-hadamard-clip", "int4-hadamard-ste", "fp4-none-clip",
+                           "gauss3-hadamard-trust0.4", "int4-none-4:8-ste", "int_zero4-hadamard-4:8-clip", "ternary-none-trust"}) {
+    check_all_layouts(parse_quantizer(text), random.normals(5 * 256), DType::kFloat32, 5, 256, 0);
+  }
+}
+
+TEST_F(Quantize, EveryRowLengthAndType) {
+  Random random(3);
+  const Quantizer int4 = parse_quantizer("int4-hadamard-trust");
+  // Rotation blocks 1 ... 128, ragged ends, one warp to several, one chunk a thread to eight.
+  for (const int64_t k : {1, 2, 3, 4, 6, 8, 12, 16, 24, 100, 127, 160, 192, 255, 256, 264, 1000, 2048, 2056, 4096, 11008}) {
+    for (const DType dtype : testing::kDTypes) check_all_layouts(int4, random.normals(3 * k), dtype, 3, k, 0);
+  }
+  check_all_layouts(int4, random.normals(2 * 32768), DType::kBFloat16, 2, 32768, 0);
+  check_all_layouts(int4, random.normals(40000), DType::kBFloat16, 1, 40000, 0);  // too long for registers: two passes over x
+  check_all_layouts(int4, random.normals(37 * 128), DType::kFloat16, 37, 128, 0);  // several rows a thread block
+}
+
+TEST_F(Quantize, AnyAddress) {
+  Random random(4);
+  for (const DType dtype : testing::kDTypes) {
+    check_all_layouts(parse_quantizer("int4-hadamard-trust"), random.normals(3 * 512), dtype, 3, 512, 4);
+  }
+}
+
+TEST_F(Quantize, RowsWithoutNumbersAndRowsOfZeros) {
+  Random random(5);
+  const int64_t rows = 6, k = 512;
+  std::vector<float> values = random.normals(rows * k);
+  values[0 * k + 17] = NAN;
+  values[1 * k + 511] = INFINITY;
+  values[2 * k + 3] = -INFINITY;
+  for (int64_t j = 0; j < k; ++j) values[3 * k + j] = 1e30f;  // finite, but its square is not
+  for (int64_t j = 0; j < k; ++j) values[4 * k + j] = 0;
+  for (const char* text : {"int4-hadamard-trust", "int4-none-4:8-trust", "fp4-hadamard-ste", "gauss4-none-clip", "int_zero4-none-trust",
+                           "ternary-hadamard-clip", "int8-none-trust"}) {
+    const Quantizer quantizer = parse_quantizer(text);
+    check_all_layouts(quantizer, values, DType::kFloat32, rows, k, 0);
+    const Result got = quantize_gpu(quantizer, Layout::kCodes, testing::to_dtype(values, DType::kFloat32), DType::kFloat32, rows, k);
+    for (int64_t r = 0; r < 4; ++r) {
+      EXPECT_TRUE(std::isnan(got.scale[r])) << text << ", row " << r;
+      EXPECT_EQ(got.code_sum[r], 0) << text << ", row " << r;
+      for (int64_t j = 0; j < plane_row_bytes(k); ++j) EXPECT_EQ(got.mask[r * plane_row_bytes(k) + j], 0) << text << ", row " << r;
+    }
+    EXPECT_FALSE(std::isnan(got.scale[4])) << text;
+  }
+}
+
+TEST_F(Quantize, LargeValuesAndGaps) {
+  Random random(6);
+  std::vector<float> values = random.normals(4 * 1024);
+  for (int64_t j = 0; j < 1024; ++j) values[j] = j == 5 ? 1e4f : 1e-4f * values[j];
+  for (const char* text : {"int4-none-trust", "int8-hadamard-trust", "gauss8-none-trust", "fp4-none-trust"}) {
+    check_all_layouts(parse_quantizer(text), values, DType::kFloat32, 4, 1024, 0);
+  }
+}
+
+TEST_F(Quantize, StreamsGraphsAndNoMask) {
+  Random random(7);
+  const Quantizer quantizer = parse_quantizer("int4-hadamard-trust");
+  const int64_t rows = 9, k = 768;
+  const std::vector<uint8_t> x = testing::to_dtype(random.normals(rows * k), DType::kBFloat16);
+  const Result expected = quantize_gpu(quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k);
+  const testing::Stream stream;
+  const Result streamed =
+      quantize_gpu_with([&](const auto& body) { body(stream); }, quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k, 0);
+  const Result captured =
+      quantize_gpu_with([](const auto& body) { testing::run_captured(body); }, quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k, 0);
+  for (const Result& got : {streamed, captured}) {
+    EXPECT_TRUE(bitwise_equal(expected.codes, got.codes, packed_row_bytes(k)));
+    EXPECT_TRUE(bitwise_equal(expected.scale, got.scale, 1));
+    EXPECT_TRUE(bitwise_equal(expected.mask, got.mask, plane_row_bytes(k)));
+  }
+  const OnDevice<uint8_t> in(x), codes(rows * packed_row_bytes(k));
+  const OnDevice<float> scale(rows);
+  const OnDevice<int32_t> code_sum(rows);
+  cuda::quantize(quantizer, Layout::kPacked, in.data(), DType::kBFloat16, rows, k, {codes.data(), scale.data(), code_sum.data(), nullptr, nullptr},
+                 nullptr);
+  EXPECT_TRUE(bitwise_equal(expected.codes, codes.host(), packed_row_bytes(k)));
+}
+
+TEST_F(Quantize, EmptyAndWrong) {
+  const QuantizeOutput none{};
+  cuda::quantize(parse_quantizer("int4-hadamard-trust"), Layout::kCodes, nullptr, DType::kFloat32, 0, 64, none, nullptr);
+  auto text = [&](const char* quantizer, Layout layout, int64_t k) {
+    return error_text([&] { cuda::quantize(parse_quantizer(quantizer), layout, nullptr, DType::kFloat32, 1, k, none, nullptr); });
+  };
+  EXPECT_CONTAINS(text("gauss4-none-ste", Layout::kValues, 64), "expected a grid with integer values");
+  EXPECT_CONTAINS(text("int5-none-ste", Layout::kPacked, 64), "expected at most 4 bits");
+  EXPECT_CONTAINS(text("int4-none-4:8-ste", Layout::kPlanes, 64), "4:8 sparsity");
+  EXPECT_CONTAINS(text("int4-none-4:8-ste", Layout::kCodes, 60), "expected 8 to divide k");
+}
+
+void check_dequantize(const Quantizer& quantizer, Layout layout, DType dtype, int64_t rows, int64_t k, uint64_t seed) {
+  SCOPED_TRACE(concat(to_string(quantizer), ", ", to_string(layout), ", k = ", k, ", dtype ", static_cast<int>(dtype)));
+  Random random(seed);
+  const Result stored =
+      quantize_cpu(quantizer, layout, testing::to_dtype(random.normals(rows * k), DType::kFloat32), DType::kFloat32, rows, k);
+  std::vector<uint8_t> expected(rows * k * element_size(dtype));
+  const bool needs_index = is_sparse(quantizer) && layout != Layout::kValues;
+  dequantize(quantizer, layout, stored.codes.data(), stored.scale.data(), needs_index ? stored.index.data() : nullptr, expected.data(), dtype, rows,
+             k, serial_for);
+  const OnDevice<uint8_t> codes(stored.codes), index(stored.index), y(static_cast<int64_t>(expected.size()));
+  const OnDevice<float> scale(stored.scale);
+  cuda::dequantize(quantizer, layout, codes.data(), scale.data(), needs_index ? index.data() : nullptr, y.data(), dtype, rows, k, nullptr);
+  EXPECT_TRUE(bitwise_equal(expected, y.host(), k * element_size(dtype)));
+}
+
+TEST_F(Dequantize, EqualsTheCpu) {
+  uint64_t seed = 10;
+  for (const Grid grid : testing::all_grids()) {
+    for (const Sparsity sparsity : {Sparsity::kNone, Sparsity::kFourEight}) {
+      for (const bool original : {false, true}) {
+        Quantizer quantizer;
+        quantizer.grid = grid;
+        quantizer.sparsity = sparsity;
+        quantizer.original = original;
+        for (const Layout layout : layouts_of(quantizer)) check_dequantize(quantizer, layout, DType::kFloat32, 3, 136, seed++);
+      }
+    }
+  }
+  Quantizer original;
+  original.original = true;
+  for (const int64_t k : {1, 5, 12, 63, 100, 512, 4096}) {
+    for (const DType dtype : testing::kDTypes) {
+      for (const Layout layout : layouts_of(original)) check_dequantize(original, layout, dtype, 3, k, seed++);
+    }
+  }
+}
+
+TEST_F(QuantizeBackward, EqualsTheCpu) {
+  Random random(20);
+  for (const char* text : {"int4-none-trust", "int4-hadamard-trust", "int4-hadamard-trust-original"}) {
+    const Quantizer quantizer = parse_quantizer(text);
+    for (const int64_t k : {1, 6, 100, 128, 777, 1024}) {
+      for (const DType dtype : testing::kDTypes) {
+        const int64_t rows = 5;
+        const std::vector<uint8_t> grad = testing::to_dtype(random.normals(rows * k), dtype);
+        const std::vector<uint8_t> mask = random.codes(rows * plane_row_bytes(k), 256);
+        std::vector<uint8_t> expected(grad.size());
+        quantize_backward(quantizer, grad.data(), mask.data(), expected.data(), dtype, rows, k, serial_for);
+        const OnDevice<uint8_t> in(grad), bits(mask), dx(static_cast<int64_t>(grad.size()));
+        testing::run_captured(
+            [&](cudaStream_t stream) { cuda::quantize_backward(quantizer, in.data(), bits.data(), dx.data(), dtype, rows, k, stream); });
+        EXPECT_TRUE(bitwise_equal(expected, dx.host(), k * element_size(dtype))) << text << ", k = " << k;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quest
