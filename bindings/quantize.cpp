@@ -25,6 +25,9 @@ void check_layout(const char* op, const Quantizer& quantizer, Layout layout, int
   check(layout != Layout::kPacked || quantizer.grid.bits <= 4, op, ": layout \"packed\" holds at most 4 bits, got ", grid,
         "; use \"codes\"");
   check(!is_sparse(quantizer) || layout != Layout::kPlanes, op, ": 4:8 sparse codes have no layout \"planes\"; use \"packed\"");
+  // 8-bit values are c - 128, among which no 0 is left to mean a pruned element.
+  check(!is_sparse(quantizer) || layout != Layout::kValues || quantizer.grid.bits < 8, op,
+        ": 4:8 sparse 8-bit codes have no layout \"values\"; use \"codes\"");
   check(!is_sparse(quantizer) || k % 8 == 0, op, ": 4:8 sparsity needs a last dimension divisible by 8, got ", k);
 }
 
@@ -47,7 +50,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, std::optional<Tensor
               codes, codes_shape(quantizer, layout, lead, k));
   check_dtype(op, "scale", scale, {ScalarType::Float});
   check_same_device(op, "scale", scale, "codes", codes);
-  const bool needs_index = is_sparse(quantizer) && layout != Layout::kValues;
+  const bool needs_index = is_sparse(quantizer);
   check(!needs_index || index.has_value(), op, ": quantizer ", quantizer_text, " is 4:8 sparse: pass the index that quantize returned");
   if (needs_index) {
     check_dtype(op, "index", *index, {ScalarType::Byte});

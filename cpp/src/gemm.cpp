@@ -3,7 +3,6 @@
 #include "quest/gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 
 #include "buffer.h"
@@ -134,7 +133,11 @@ void run(GemmTask task, const Operand& w, const float* a_scale, const float* bia
     task.a = a + first * task.a_row_bytes;
     task.a_scale = a_scale ? a_scale + first : nullptr;
     task.y = static_cast<uint8_t*>(y) + first * y_row_bytes;
-    parallel_for(0, task.m + task.has_ones, row_grain(k), [&](int64_t begin, int64_t end) { kernel.fill_a(task, begin, end); });
+    if (k > 0) {
+      parallel_for(0, task.m + task.has_ones, row_grain(k), [&](int64_t begin, int64_t end) { kernel.fill_a(task, begin, end); });
+    } else {
+      std::fill_n(task.a_sum, task.m, 0u);  // panels of no columns: y is the bias
+    }
     const int64_t grain = std::max(task.block_n, kGrainProducts / std::max<int64_t>(task.m * k, 1));
     parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) {
       Buffer<uint8_t> scratch(scratch_bytes);

@@ -136,7 +136,7 @@ struct Kernels {
   void (*unpack_rows)(const PackTask& task, int64_t begin, int64_t end);
   // Rows [begin, end) of the panel of a, and their sums.
   void (*fill_a)(const GemmTask& task, int64_t begin, int64_t end);
-  // Columns [begin, end) of y; scratch: gemm_scratch_bytes.
+  // Columns [begin, end) of y. scratch: block_n panel rows of w, then tile_m + 2 rows of block_n sums.
   void (*gemm)(const GemmTask& task, int64_t begin, int64_t end, uint8_t* scratch);
 };
 

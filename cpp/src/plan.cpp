@@ -50,8 +50,9 @@ GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsit
   check_grid(weight);
   const Layout narrow = weight.bits <= 4 ? Layout::kPacked : Layout::kCodes;
   if (activation == nullptr) {
-    check(sparsity == Sparsity::kNone, "plan_operands: expected a dense weight without a quantized activation, got 4:8 ", to_string(weight),
-          "; quantize the activation, or drop the sparsity");
+    if (sparsity == Sparsity::kFourEight) {
+      return {GemmFamily::kDequantized, Layout::kValues, narrow, "no kernel multiplies 4:8 sparse weights by real activations"};
+    }
     const bool planes = weight.kind == GridKind::kInt && weight.bits <= 3;
     return {GemmFamily::kWeightOnly, Layout::kValues, planes ? Layout::kPlanes : narrow,
             "the activation is real: the weight is stored in the fewest bytes and widened to floats"};
@@ -61,8 +62,7 @@ GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsit
     return {GemmFamily::kDequantized, Layout::kCodes, narrow, "the gauss grid has no integer values: both sides are dequantized"};
   }
   if (sparsity == Sparsity::kFourEight) {
-    check(weight.bits <= 4, "plan_operands: expected at most 4 bits for a 4:8 sparse weight, got ", to_string(weight),
-          "; use fewer bits, or drop the sparsity");
+    if (weight.bits > 4) return {GemmFamily::kDequantized, Layout::kCodes, narrow, "sparse products keep codes of at most 4 bits"};
     return {GemmFamily::kSparse, Layout::kValues, Layout::kPacked, "4:8 sparse weights keep half of their 4-bit codes"};
   }
   if (planes_pay(*activation, weight)) {

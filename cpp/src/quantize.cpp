@@ -1,5 +1,7 @@
 #include "quest/quantize.h"
 
+#include <algorithm>
+
 #include "buffer.h"
 #include "kernels.h"
 #include "quest/check.h"
@@ -68,8 +70,13 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
     // The gauss levels are symmetric but for rounding: 0 takes the level below it, as in the int grid.
     if (grid.kind == GridKind::kGauss) task.middles[count / 2 - 1] = 0.0f;
   }
-  const Kernels& kernel = kernels();
+  if (k == 0) {  // rows of nothing: sigma 0
+    std::fill_n(output.scale, rows, task.params.scale_epsilon);
+    std::fill_n(output.code_sum, rows, 0);
+    return;
+  }
   if (rows == 0) return;
+  const Kernels& kernel = kernels();
   parallel_for(0, rows, row_grain(k), [&](int64_t begin, int64_t end) {
     Buffer<float> row(round_up(k, kRowChunk));
     kernel.quantize_rows(task, begin, end, row.data());

@@ -31,8 +31,8 @@ inline Device current_device(const char* op) {
 }
 
 inline void check_aligned(const char* op, const char* argument, const void* pointer) {
-  check(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, op, ": expected ", argument,
-        " to start at a multiple of 16 bytes, got address ", pointer, "; pass a copy of it");
+  check(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, op, ": expected ", argument, " to start at a multiple of 16 bytes, got address ",
+        pointer, "; pass a copy of it");
 }
 
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }

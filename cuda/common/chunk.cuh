@@ -1,5 +1,5 @@
-// A chunk is 8 consecutive values of a row: what one thread holds. 8 is one 16-byte load of 16-bit floats, one 4-byte word of 4-bit codes, one byte of
-// a bit plane and one group of 4:8 sparsity. Code chunks are 8 bytes in two words, the first code in the lowest byte.
+// A chunk is 8 consecutive values of a row: what one thread holds. 8 is one 16-byte load of 16-bit floats, one 4-byte word of 4-bit codes,
+// one byte of a bit plane and one group of 4:8 sparsity. Code chunks are 8 bytes in two words, the first code in the lowest byte.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 // From accumulators to y: the affine identity of quest/gemm.h in the form that needs only what `quantize` stores,
 //
-//   sum v_a v_w = mul_a mul_w sum u_a u_w + add_w V_a + add_a V_w - K add_a add_w,   V = sum of v over the row = mul_c code_sum + add_c (codes in it)
+//   sum v_a v_w = mul_a mul_w sum u_a u_w + add_w V_a + add_a V_w - K add_a add_w,   V = sum of v over the row = mul_c code_sum + add_c
+//   (codes in it)
 //
 // (mul_c, add_c: the affine map of the codes), modulo 2^32; then y = s_a[m] s_w[n] (sum) + bias[n] in the output's type.
 #pragma once
@@ -21,8 +22,8 @@ struct Output {
   bool vectorized;  // rows of y allow 16-byte stores
 };
 
-// One operand's share of the identity. A row adds other_add * V, V from the row's code sum or, where codes are no affine map of values (fp4),
-// summed by the kernel itself.
+// One operand's share of the identity. A row adds other_add * V, V from the row's code sum or, where codes are no affine map of values
+// (fp4), summed by the kernel itself.
 struct Correction {
   const int32_t* code_sum;
   uint32_t mul, add;  // V = mul code_sum + add
@@ -130,7 +131,8 @@ inline IntegerEpilogue integer_epilogue(const Operand& a, const Operand& w, bool
 
 inline void check_layout(const char* op, const char* name, const Operand& operand, Layout first, Layout second) {
   check_grid(operand.grid);
-  check(has_values(operand.grid), op, ": expected ", name, " of a grid with integer values, got ", to_string(operand.grid), "; dequantize it");
+  check(has_values(operand.grid), op, ": expected ", name, " of a grid with integer values, got ", to_string(operand.grid),
+        "; dequantize it");
   check(operand.layout == first || operand.layout == second, op, ": expected ", name, " in layout ", to_string(first),
         first == second ? "" : " or ", first == second ? "" : to_string(second), ", got ", to_string(operand.layout));
   check(operand.layout != Layout::kPacked || operand.grid.bits <= 4, op, ": expected ", name, " of at most 4 bits for layout packed, got ",

@@ -1,9 +1,10 @@
 // The product for at most 16 rows of a, where reading the weight once is all that counts: y^T[32, 16] per thread block on mma.sync.
 //
-// The weight is the left operand of the instruction, so its 16 rows are full. A warp takes slices of 128 columns of K, the 8 warps of a block every
-// eighth, and loads them straight from memory: in a slice, lane (g, t) = (lane / 4, lane % 4) holds the columns 32 t ... 32 t + 31 of the weight
-// rows g, g + 8, g + 16, g + 24 and of the rows g and g + 8 of a. The instruction sums over K in any order as long as both operands agree, so word i
-// of a lane may be what it calls column 4t or 16 + 4t. The warps' sums meet in shared memory in a fixed order: one launch, no atomics.
+// The weight is the left operand of the instruction, so its 16 rows are full. A warp takes slices of 128 columns of K, the 8 warps of a
+// block every eighth, and loads them straight from memory: in a slice, lane (g, t) = (lane / 4, lane % 4) holds the columns 32 t ... 32 t +
+// 31 of the weight rows g, g + 8, g + 16, g + 24 and of the rows g and g + 8 of a. The instruction sums over K in any order as long as both
+// operands agree, so word i of a lane may be what it calls column 4t or 16 + 4t. The warps' sums meet in shared memory in a fixed order:
+// one launch, no atomics.
 #pragma once
 
 #include <cstdint>
@@ -130,7 +131,8 @@ __global__ __launch_bounds__(kSkinnyThreads) void gemm_skinny_kernel(const __gri
       for (int p = 0; p < 4; ++p) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint32_t w_fragment[4] = {w_words[2 * i][2 * p], w_words[2 * i + 1][2 * p], w_words[2 * i][2 * p + 1], w_words[2 * i + 1][2 * p + 1]};
+          const uint32_t w_fragment[4] = {w_words[2 * i][2 * p], w_words[2 * i + 1][2 * p], w_words[2 * i][2 * p + 1],
+                                          w_words[2 * i + 1][2 * p + 1]};
           MmaInt8::mma(accumulators[i][j], w_fragment, a_words[2 * p], a_words[2 * p + 1]);
         }
       }
@@ -146,8 +148,8 @@ template <typename A, typename W, template <int> class LoadA, template <int> cla
 void launch_int8(const char* op, const GemmTile& tile, const typename A::Source& a, const typename W::Source& w, int64_t k,
                  const IntegerEpilogue& epilogue, cudaStream_t stream) {
   if (tile.block_m == kSkinnyM) {
-    launch(op, gemm_skinny_kernel<A, W>, grid_of(op, (epilogue.output.n + kSkinnyN - 1) / kSkinnyN), dim3(kSkinnyThreads), 0, stream, a, w, k,
-           epilogue);
+    launch(op, gemm_skinny_kernel<A, W>, grid_of(op, (epilogue.output.n + kSkinnyN - 1) / kSkinnyN), dim3(kSkinnyThreads), 0, stream, a, w,
+           k, epilogue);
   } else {
     launch_tile<MmaInt8, LoadA, LoadW>(op, tile, a, w, steps_of(k), epilogue, stream);
   }

@@ -1,12 +1,13 @@
 // The tiled product of all families: y[BLOCK_M, BLOCK_N] per thread block on mma.sync, for Ampere and everything later.
 //
-// A step of the main loop takes 64 bytes of every row of both tiles (64 int8, 512 bits or 32 16-bit floats): all element types have the same
-// fragments (ptx.cuh), so one loop serves them and only the instruction differs. Tiles lie in shared memory in 64-byte rows whose four 16-byte pieces
-// are permuted by the row number, so that ldmatrix and the writers touch every bank once. A pipeline of 4 stages hides memory: loaders either
-// copy asynchronously into the stage 3 steps ahead, or fetch into registers, and widen and store after this step's products.
+// A step of the main loop takes 64 bytes of every row of both tiles (64 int8, 512 bits or 32 16-bit floats): all element types have the
+// same fragments (ptx.cuh), so one loop serves them and only the instruction differs. Tiles lie in shared memory in 64-byte rows whose four
+// 16-byte pieces are permuted by the row number, so that ldmatrix and the writers touch every bank once. A pipeline of 4 stages hides
+// memory: loaders either copy asynchronously into the stage 3 steps ahead, or fetch into registers, and widen and store after this step's
+// products.
 //
-// Bit planes: the steps run over all plane pairs (i, j) by falling i + j, and the accumulators double whenever i + j falls (Horner's rule for
-// sum 2^(i+j) P_ij), so one set of accumulators is enough.
+// Bit planes: the steps run over all plane pairs (i, j) by falling i + j, and the accumulators double whenever i + j falls (Horner's rule
+// for sum 2^(i+j) P_ij), so one set of accumulators is enough.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,8 @@ struct Tile {
   static constexpr int WARP_M = BLOCK_M / 2, WARP_N = BLOCK_N / 2;
   static constexpr int A_BYTES = BLOCK_M * kTileRowBytes, W_BYTES = BLOCK_N * kTileRowBytes;
   static constexpr int STAGES_BYTES = kStages * (A_BYTES + W_BYTES);
-  static constexpr int SHARED_BYTES = STAGES_BYTES + (BLOCK_M + BLOCK_N) * static_cast<int>(sizeof(int32_t));  // and the value sums of the rows
+  static constexpr int SHARED_BYTES =
+      STAGES_BYTES + (BLOCK_M + BLOCK_N) * static_cast<int>(sizeof(int32_t));  // and the value sums of the rows
 };
 using LargeTile = Tile<128, 128>;  // each byte of shared memory feeds most products: 64 x 64 a warp
 using SmallTile = Tile<64, 64>;    // four times the thread blocks, where the large tile would leave multiprocessors idle
@@ -48,7 +50,8 @@ struct Steps {
 
 class StepCursor {
  public:
-  __device__ __forceinline__ explicit StepCursor(const Steps& steps) : a_plane(steps.a_planes - 1), w_plane(steps.w_planes - 1), steps_(steps) {}
+  __device__ __forceinline__ explicit StepCursor(const Steps& steps)
+      : a_plane(steps.a_planes - 1), w_plane(steps.w_planes - 1), steps_(steps) {}
 
   // True when the new step exists and belongs to the next lower a_plane + w_plane.
   __device__ __forceinline__ bool advance() {
@@ -149,8 +152,8 @@ __device__ __forceinline__ int32_t sum_of_tile_row(const uint8_t* tile) {
 
 // Writes a warp's accumulators. Fragments pass through shared memory, 16 rows at a time, so that each lane stores 8 neighbouring columns.
 template <typename Tile, typename Epilogue, typename Accumulator>
-__device__ void store_tile(const Epilogue& epilogue, const Accumulator (&accumulators)[Tile::WARP_M / 16][Tile::WARP_N / 8][4], uint8_t* shared,
-                           int64_t first_m, int64_t first_n, int warp_m, int warp_n) {
+__device__ void store_tile(const Epilogue& epilogue, const Accumulator (&accumulators)[Tile::WARP_M / 16][Tile::WARP_N / 8][4],
+                           uint8_t* shared, int64_t first_m, int64_t first_n, int warp_m, int warp_n) {
   constexpr int kStride = Tile::WARP_N + 4;  // 16 bytes of padding move each row to other banks
   constexpr int kLanesPerRow = Tile::WARP_N / kChunk;
   constexpr int kRowsPerPass = 32 / kLanesPerRow;
@@ -196,7 +199,8 @@ __device__ void store_tile(const Epilogue& epilogue, const Accumulator (&accumul
       const float row_scale = epilogue.row_scale(row);
       float y[kChunk];
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c) y[c] = scaled(epilogue.product(source[c], row_part, column_part[c]), row_scale, column_scale[c], bias[c]);
+      for (int c = 0; c < kChunk; ++c)
+        y[c] = scaled(epilogue.product(source[c], row_part, column_part[c]), row_scale, column_scale[c], bias[c]);
       store_chunk(output.y, y, output.dtype, row * output.n + column, columns, output.vectorized);
     }
   }

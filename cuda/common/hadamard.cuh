@@ -1,4 +1,5 @@
-// The stages of a Walsh-Hadamard transform, strides ascending as on the CPU: 1, 2, 4 inside a thread's chunk, 8 ... 128 between the lanes of a warp.
+// The stages of a Walsh-Hadamard transform, strides ascending as on the CPU: 1, 2, 4 inside a thread's chunk, 8 ... 128 between the lanes
+// of a warp.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,8 @@ __device__ __forceinline__ void butterfly(float (&x)[COUNT]) {
   }
 }
 
-// The transform (without its 1/sqrt(block)) of blocks of `block` <= 256 values that lie 8 a lane in consecutive lanes. All lanes of the warp call.
+// The transform (without its 1/sqrt(block)) of blocks of `block` <= 256 values that lie 8 a lane in consecutive lanes. All lanes of the
+// warp call.
 __device__ __forceinline__ void hadamard_warp(float (&x)[kChunk], int block) {
   if (block > 1) butterfly<kChunk, 1>(x);
   if (block > 2) butterfly<kChunk, 2>(x);

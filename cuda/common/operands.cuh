@@ -1,10 +1,11 @@
-// The operands of integer products as the kernels see them: rows of bytes or nibbles that are read 16 bytes at a time and turned into int8 integers u.
+// The operands of integer products as the kernels see them: rows of bytes or nibbles that are read 16 bytes at a time and turned into int8
+// integers u.
 //
 // Each operand has v = mul u + add (quest/gemm.h). How u is made of what is stored:
 //   kValues            u as stored (mul = 1, add = 0; the 8-bit grids mul u + add = v)
 //   kCodes             the u of kValues, by bytewise arithmetic or, for fp4, by table
-//   kPacked            u = c; but where fp4 is involved v by table for both operands, because the sum of an fp4 row is not known from its code_sum
-//   kPacked, sparse    v by table, 0 where pruned
+//   kPacked            u = c; but where fp4 is involved v by table for both operands, because the sum of an fp4 row is not known from its
+//   code_sum kPacked, sparse    v by table, 0 where pruned
 #pragma once
 
 #include <cstdint>
@@ -104,8 +105,8 @@ struct SparseRows {
   // 4 kept codes (16 bits) and their index to 8 integers, 0 where pruned.
   __device__ __forceinline__ uint2 expand(uint32_t codes, uint32_t pairs) const {
     const uint32_t values = look_up_nibbles(kept.table, codes);
-    const uint64_t spread = static_cast<uint64_t>(values & 0xFFFFu) << (16 * (pairs & 3u)) |
-                            static_cast<uint64_t>(values >> 16) << (16 * (pairs >> 2 & 3u));
+    const uint64_t spread = static_cast<uint64_t>(values & 0xFFFFu) << (16 * (pairs & 3u)) | static_cast<uint64_t>(values >> 16)
+                                                                                                 << (16 * (pairs >> 2 & 3u));
     return make_uint2(static_cast<uint32_t>(spread), static_cast<uint32_t>(spread >> 32));
   }
 };

@@ -55,8 +55,8 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], const void* sh
                : "r"(shared_address(shared)));
 }
 
-// ---- d[16, 8] += a[16, K] b[8, K]^T for rows of 32 bytes, whatever their elements. All four kinds have the same fragments: with g = lane / 4 and
-// t = lane % 4, a holds bytes 4t ... of row g, of row g + 8, and the same at byte 16 on; b bytes 4t ... and 16 + 4t ... of row g;
+// ---- d[16, 8] += a[16, K] b[8, K]^T for rows of 32 bytes, whatever their elements. All four kinds have the same fragments: with g = lane
+// / 4 and t = lane % 4, a holds bytes 4t ... of row g, of row g + 8, and the same at byte 16 on; b bytes 4t ... and 16 + 4t ... of row g;
 // d columns 2t, 2t + 1 of row g, then of row g + 8.
 struct MmaInt8 {  // 32 int8
   using Accumulator = int32_t;

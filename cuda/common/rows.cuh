@@ -11,7 +11,7 @@ inline constexpr int kRowsThreads = 256;
 
 struct ChunkPosition {
   int64_t row, chunk;
-  int count;  // values of the row in this chunk; 0 beyond its end
+  int count;    // values of the row in this chunk; 0 beyond its end
   bool exists;  // false for all lanes of a warp beyond the last row
 };
 

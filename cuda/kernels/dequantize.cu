@@ -15,7 +15,8 @@ namespace {
 struct Problem {
   const uint8_t* codes;
   const float* scale;
-  const uint8_t* index;  // nullptr: all codes are stored
+  const uint8_t* index;  // nullptr: dense
+  bool half;             // only the kept codes are stored
   void* y;
   Layout layout;
   int bits;
@@ -27,9 +28,9 @@ struct Problem {
   bool vectorized_codes, vectorized_output;
 };
 
-// The codes of one chunk. Sparse: the kept 4, moved to the pairs that `pairs` names; the others are not meant.
+// The codes of one chunk. Where only 4 are kept, they move to the pairs that `pairs` names; the others are not meant.
 __device__ uint2 load_codes(const Problem& problem, const ChunkPosition& at, uint32_t pairs) {
-  const bool half = problem.index != nullptr;
+  const bool half = problem.half;
   const uint8_t* row = problem.codes + at.row * problem.code_row_bytes;
   uint2 codes = make_uint2(0, 0);
   switch (problem.layout) {
@@ -50,13 +51,14 @@ __device__ uint2 load_codes(const Problem& problem, const ChunkPosition& at, uin
       break;
   }
   if (!half) return codes;
-  const uint64_t spread = static_cast<uint64_t>(codes.x & 0xFFFFu) << (16 * (pairs & 3u)) |
-                          static_cast<uint64_t>(codes.x >> 16) << (16 * (pairs >> 2));
+  const uint64_t spread = static_cast<uint64_t>(codes.x & 0xFFFFu) << (16 * (pairs & 3u)) | static_cast<uint64_t>(codes.x >> 16)
+                                                                                                << (16 * (pairs >> 2));
   return make_uint2(static_cast<uint32_t>(spread), static_cast<uint32_t>(spread >> 32));
 }
 
 template <typename Grid>
-__global__ __launch_bounds__(kRowsThreads) void dequantize_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Grid grid) {
+__global__ __launch_bounds__(kRowsThreads) void dequantize_kernel(const __grid_constant__ Problem problem,
+                                                                  const __grid_constant__ Grid grid) {
   __shared__ float table[Grid::kTableFloats];
   grid.prepare(table);
   __syncthreads();
@@ -91,18 +93,19 @@ __global__ __launch_bounds__(kRowsThreads) void dequantize_kernel(const __grid_c
 
 }  // namespace
 
-void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, const float* scale, const uint8_t* index, void* y, DType dtype,
-                int64_t rows, int64_t k, cudaStream_t stream) {
+void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, const float* scale, const uint8_t* index, void* y,
+                DType dtype, int64_t rows, int64_t k, cudaStream_t stream) {
   const char* op = "dequantize";
   check_grid(quantizer.grid);
   check(layout != Layout::kValues || has_values(quantizer.grid), op, ": expected a grid with integer values for layout values, got ",
         to_string(quantizer.grid), "; use layout codes");
   check(layout != Layout::kPacked || quantizer.grid.bits <= 4, op, ": expected at most 4 bits for layout packed, got ",
         to_string(quantizer.grid), "; use layout codes");
-  const bool half = quantizer.sparsity == Sparsity::kFourEight && layout != Layout::kValues;
-  check(!half || (index != nullptr && layout != Layout::kPlanes && k % 8 == 0), op,
-        ": expected an index, 8 dividing k and a layout other than planes for 4:8 sparsity, got ", index == nullptr ? "no index" : "an index",
-        ", k = ", k, ", layout ", to_string(layout));
+  const bool sparse = quantizer.sparsity == Sparsity::kFourEight;
+  check(sparse == (index != nullptr), op, ": expected index ", sparse ? "for" : "to be nullptr without",
+        " 4:8 sparsity; pass the index that quantize gave");
+  check(!sparse || (layout != Layout::kPlanes && k % 8 == 0), op,
+        ": expected 8 to divide k and a layout other than planes for 4:8 sparsity, got k = ", k, ", layout ", to_string(layout));
   if (rows == 0 || k == 0) return;
   current_device(op);
   if (layout == Layout::kPacked) check_aligned(op, "codes", codes);
@@ -112,7 +115,8 @@ void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, co
   Problem problem{};
   problem.codes = static_cast<const uint8_t*>(codes);
   problem.scale = scale;
-  problem.index = half ? index : nullptr;
+  problem.index = index;
+  problem.half = sparse && layout != Layout::kValues;
   problem.y = y;
   problem.layout = layout;
   problem.bits = quantizer.grid.bits;
@@ -120,7 +124,7 @@ void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, co
   problem.rows = rows;
   problem.k = k;
   problem.warps_a_row = warps_of_row(k);
-  problem.code_row_bytes = row_bytes(layout, half ? k / 2 : k);
+  problem.code_row_bytes = row_bytes(layout, problem.half ? k / 2 : k);
   problem.index_row_bytes = index_row_bytes(k);
   problem.value_mul = static_cast<float>(value.mul);
   problem.value_add = static_cast<float>(value.add);

@@ -1,5 +1,6 @@
-// gemm_int4: y = s_a s_w (v_a v_w^T) + bias of a packed weight and a packed or int8 activation. Hopper has no 4-bit tensor cores (they are emulated
-// there at a few percent of the int8 rate), so nibbles are widened to int8 in registers, once per tile, on their way to shared memory.
+// gemm_int4: y = s_a s_w (v_a v_w^T) + bias of a packed weight and a packed or int8 activation. Hopper has no 4-bit tensor cores (they are
+// emulated there at a few percent of the int8 rate), so nibbles are widened to int8 in registers, once per tile, on their way to shared
+// memory.
 #include "common/gemm_skinny.cuh"
 #include "quest/cuda/gemm.h"
 
@@ -18,8 +19,8 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
   const NibbleRows w_rows = nibble_rows(op, "w", w, n, k, looks_up);
   if (a.layout == Layout::kPacked) {
     const IntegerEpilogue epilogue = integer_epilogue(a, w, looks_up, looks_up, bias, y, dtype, m, n, k);
-    launch_int8<SkinnyNibbles, SkinnyNibbles, NibbleLoader, NibbleLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, k, epilogue,
-                                                                          stream);
+    launch_int8<SkinnyNibbles, SkinnyNibbles, NibbleLoader, NibbleLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, k,
+                                                                          epilogue, stream);
   } else {
     const IntegerEpilogue epilogue = integer_epilogue(a, w, is_fp4(a), looks_up, bias, y, dtype, m, n, k);
     launch_int8<SkinnyBytes, SkinnyNibbles, ByteLoader, NibbleLoader>(op, tile, byte_rows(a, m, k), w_rows, k, epilogue, stream);

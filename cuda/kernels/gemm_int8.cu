@@ -1,5 +1,5 @@
-// gemm_int8: y = s_a s_w (v_a v_w^T) + bias of operands stored one integer a byte. Values go to the tensor cores as they are; codes are turned into
-// values on their way to shared memory.
+// gemm_int8: y = s_a s_w (v_a v_w^T) + bias of operands stored one integer a byte. Values go to the tensor cores as they are; codes are
+// turned into values on their way to shared memory.
 #include "common/gemm_skinny.cuh"
 #include "quest/cuda/gemm.h"
 

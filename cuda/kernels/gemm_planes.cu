@@ -27,7 +27,8 @@ void gemm_planes(const Operand& a, const Operand& w, const float* bias, void* y,
   const Device device = current_device(op);
   const GemmTile tile = plan_tile(GemmFamily::kPlanes, m, n, k, device.compute_capability, device.sm_count);
   const IntegerEpilogue epilogue = integer_epilogue(a, w, false, false, bias, y, dtype, m, n, k);
-  launch_tile<MmaBits, ByteLoader, ByteLoader>(op, tile, a_rows, w_rows, steps_of(a_rows.row_bytes, a.grid.bits, w.grid.bits), epilogue, stream);
+  launch_tile<MmaBits, ByteLoader, ByteLoader>(op, tile, a_rows, w_rows, steps_of(a_rows.row_bytes, a.grid.bits, w.grid.bits), epilogue,
+                                               stream);
 }
 
 }  // namespace quest::cuda

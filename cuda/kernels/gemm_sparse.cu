@@ -1,5 +1,5 @@
-// gemm_sparse: the product with a 4:8 sparse packed weight. Its kept codes are expanded to dense int8 rows, 0 where pruned, on their way to shared
-// memory: half the bytes of the dense weight are read, the tensor cores work as for a dense one.
+// gemm_sparse: the product with a 4:8 sparse packed weight. Its kept codes are expanded to dense int8 rows, 0 where pruned, on their way to
+// shared memory: half the bytes of the dense weight are read, the tensor cores work as for a dense one.
 #include "common/gemm_tile.cuh"
 #include "quest/cuda/gemm.h"
 
@@ -55,7 +55,8 @@ void gemm_sparse(const Operand& a, const Operand& w, const float* bias, void* y,
   const bool looks_up = is_fp4(a) || is_fp4(w);
   if (a.layout == Layout::kPacked) {
     const IntegerEpilogue epilogue = integer_epilogue(a, w, looks_up, true, bias, y, dtype, m, n, k);
-    launch_tile<MmaInt8, NibbleLoader, SparseLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, steps_of(k), epilogue, stream);
+    launch_tile<MmaInt8, NibbleLoader, SparseLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, steps_of(k), epilogue,
+                                                     stream);
   } else {
     const IntegerEpilogue epilogue = integer_epilogue(a, w, is_fp4(a), true, bias, y, dtype, m, n, k);
     launch_tile<MmaInt8, ByteLoader, SparseLoader>(op, tile, byte_rows(a, m, k), w_rows, steps_of(k), epilogue, stream);

@@ -1,4 +1,5 @@
-// gemm_weight_only: y = x (s_w level(c_w))^T + bias for real x. Codes are widened to x's type in registers, the row scale is applied to the sum.
+// gemm_weight_only: y = x (s_w level(c_w))^T + bias for real x. Codes are widened to x's type in registers, the row scale is applied to the
+// sum.
 //
 // bfloat16 and float16: tensor cores with float32 sums; the tiled kernel of all families, or for at most 16 rows one after the scheme of
 // gemm_skinny.cuh, which reads the weight once. Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them.
@@ -20,7 +21,8 @@ struct LevelRows {
   float mul, add;
   float table[kMaxLevels];
 
-  // What is stored of the columns 8 chunk ... 8 chunk + 7: kCodes a byte each, kPacked one word, kPlanes byte j of plane j. Zeros beyond the row.
+  // What is stored of the columns 8 chunk ... 8 chunk + 7: kCodes a byte each, kPacked one word, kPlanes byte j of plane j. Zeros beyond
+  // the row.
   __device__ uint2 load(int64_t row, int64_t chunk) const {
     const int64_t left = k - chunk * kChunk;
     if (row >= rows || left <= 0) return make_uint2(0, 0);
@@ -91,8 +93,8 @@ class LevelLoader {
     for (int i = 0; i < kLoads; ++i) {
       float level[kChunk];
       source_.levels(source_.codes(fetched_[i]), table_, level);
-      *reinterpret_cast<uint4*>(target + tile_offset(row(i), threadIdx.x % 4)) =
-          make_uint4(Mma::pack(level[0], level[1]), Mma::pack(level[2], level[3]), Mma::pack(level[4], level[5]), Mma::pack(level[6], level[7]));
+      *reinterpret_cast<uint4*>(target + tile_offset(row(i), threadIdx.x % 4)) = make_uint4(
+          Mma::pack(level[0], level[1]), Mma::pack(level[2], level[3]), Mma::pack(level[4], level[5]), Mma::pack(level[6], level[7]));
     }
   }
 
@@ -116,7 +118,8 @@ using Float16Loader = LevelLoader<ROWS, MmaFloat16>;
 
 // At most 16 rows of x: the scheme of gemm_skinny.cuh with 16-bit floats, so the 32 columns of a lane are 16 words, 4 of each chunk.
 template <typename Mma>
-__global__ __launch_bounds__(kSkinnyThreads) void skinny_kernel(const __grid_constant__ ByteRows x_rows, const __grid_constant__ LevelRows w_rows,
+__global__ __launch_bounds__(kSkinnyThreads) void skinny_kernel(const __grid_constant__ ByteRows x_rows,
+                                                                const __grid_constant__ LevelRows w_rows,
                                                                 const __grid_constant__ RealEpilogue epilogue) {
   constexpr int kChunks = kLaneColumns / kChunk;
   __shared__ float scratch[kSkinnyWarps * kSkinnyM * kSkinnyN];
@@ -219,7 +222,8 @@ __global__ __launch_bounds__(kRealThreads) void float32_kernel(const float* x, b
   for (int r = 0; r < 4; ++r) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      if (first_m + m + r < output.m && first_n + n + c < output.n) store_element(epilogue, first_m + m + r, first_n + n + c, sums[r][c], 0, 0);
+      if (first_m + m + r < output.m && first_n + n + c < output.n)
+        store_element(epilogue, first_m + m + r, first_n + n + c, sums[r][c], 0, 0);
     }
   }
 }
@@ -270,8 +274,8 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
   const ByteRows x_rows = plain_rows(x, m, k * element_size(dtype));
   const bool bfloat16 = dtype == DType::kBFloat16;
   if (tile.block_m == kSkinnyM) {
-    launch(op, bfloat16 ? skinny_kernel<MmaBFloat16> : skinny_kernel<MmaFloat16>, grid_of(op, (n + kSkinnyN - 1) / kSkinnyN), dim3(kSkinnyThreads),
-           0, stream, x_rows, w_rows, epilogue);
+    launch(op, bfloat16 ? skinny_kernel<MmaBFloat16> : skinny_kernel<MmaFloat16>, grid_of(op, (n + kSkinnyN - 1) / kSkinnyN),
+           dim3(kSkinnyThreads), 0, stream, x_rows, w_rows, epilogue);
   } else if (bfloat16) {
     launch_tile<MmaBFloat16, ByteLoader, BFloat16Loader>(op, tile, x_rows, w_rows, steps_of(x_rows.row_bytes), epilogue, stream);
   } else {

@@ -1,9 +1,9 @@
 // hadamard: y = x blockdiag(H/sqrt(B)), B = 2 ... 32768, one read and one write.
 //
-// B divides k, so the rows are one flat array of blocks. A thread block of 256 threads takes tiles of 2048 values, 8 a thread (chunk.cuh): strides 1 to 4
-// are butterflies in a thread's registers, 8 to 128 shuffles between lanes, 256 to 1024 one exchange between the 8 warps through shared memory,
-// after which each thread holds the 8 values that differ in the warp alone. For B > 2048 a thread keeps the chunks of all B/2048 tiles and the
-// remaining strides are again butterflies in registers.
+// B divides k, so the rows are one flat array of blocks. A thread block of 256 threads takes tiles of 2048 values, 8 a thread (chunk.cuh):
+// strides 1 to 4 are butterflies in a thread's registers, 8 to 128 shuffles between lanes, 256 to 1024 one exchange between the 8 warps
+// through shared memory, after which each thread holds the 8 values that differ in the warp alone. For B > 2048 a thread keeps the chunks
+// of all B/2048 tiles and the remaining strides are again butterflies in registers.
 #include <cmath>
 
 #include "common/check.h"
@@ -17,7 +17,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTile = kThreads * kChunk;
 
-// The butterflies between warps: strides 256, 512, 1024 below `block`. Value v of warp w moves to the thread that holds v of all warps, and back.
+// The butterflies between warps: strides 256, 512, 1024 below `block`. Value v of warp w moves to the thread that holds v of all warps, and
+// back.
 __device__ void hadamard_warps(float (&x)[kChunk], float* buffer, int block) {
   const int own = threadIdx.x * kChunk;
   // Words 4 to 7 of odd groups of 4 lanes swap places with words 0 to 3, which spreads 16-byte accesses over all banks.
@@ -96,8 +97,8 @@ void hadamard(const void* x, void* y, DType dtype, int64_t rows, int64_t k, int6
   const float factor = 1.0f / std::sqrt(static_cast<float>(block));
   auto run = [&](auto kernel, int64_t tiles) {
     const int64_t values = tiles * kTile;
-    launch(op, kernel, grid_of(op, (count + values - 1) / values), dim3(kThreads), 0, stream, x, y, dtype, count, static_cast<int>(block), factor,
-           vectorized);
+    launch(op, kernel, grid_of(op, (count + values - 1) / values), dim3(kThreads), 0, stream, x, y, dtype, count, static_cast<int>(block),
+           factor, vectorized);
   };
   switch (block / kTile) {
     case 2: run(hadamard_kernel<2>, 2); break;

@@ -25,7 +25,8 @@ __global__ __launch_bounds__(kRowsThreads) void largest_code_kernel(const uint8_
   if (threadIdx.x % 32 == 0) atomicMax(largest, found);
 }
 
-__global__ __launch_bounds__(kRowsThreads) void pack_kernel(const __grid_constant__ Problem problem, const uint8_t* codes, uint8_t* packed) {
+__global__ __launch_bounds__(kRowsThreads) void pack_kernel(const __grid_constant__ Problem problem, const uint8_t* codes,
+                                                            uint8_t* packed) {
   const ChunkPosition at = chunk_position(problem.rows, problem.k, problem.warps_a_row);
   if (!at.exists) return;
   const uint2 chunk = load_bytes(codes + at.row * problem.k + at.chunk * kChunk, at.count, problem.vectorized);
@@ -40,7 +41,8 @@ __global__ __launch_bounds__(kRowsThreads) void pack_kernel(const __grid_constan
   }
 }
 
-__global__ __launch_bounds__(kRowsThreads) void unpack_kernel(const __grid_constant__ Problem problem, const uint8_t* packed, uint8_t* codes) {
+__global__ __launch_bounds__(kRowsThreads) void unpack_kernel(const __grid_constant__ Problem problem, const uint8_t* packed,
+                                                              uint8_t* codes) {
   const ChunkPosition at = chunk_position(problem.rows, problem.k, problem.warps_a_row);
   if (!at.exists || at.count == 0) return;
   uint2 chunk = make_uint2(0, 0);

@@ -1,12 +1,12 @@
 // quantize: x_h = x H, sigma, codes, code sum, mask bits and 4:8 index in one pass: one read of x, one write of each output.
 //
 // A row belongs to one thread block (short rows: several rows a block, a warp each). Thread t holds the chunks t, t + T, ... of 8 values in
-// registers, so loads are coalesced and a rotation block of at most 128 values lies in at most 16 neighbouring lanes (hadamard.cuh). Two sums over
-// the row (squares, codes) join the warps through shared memory. Rows of up to 32768 values stay in registers between sigma and the codes;
-// longer rows are walked twice, and their second read of x comes from the cache or from memory.
+// registers, so loads are coalesced and a rotation block of at most 128 values lies in at most 16 neighbouring lanes (hadamard.cuh). Two
+// sums over the row (squares, codes) join the warps through shared memory. Rows of up to 32768 values stay in registers between sigma and
+// the codes; longer rows are walked twice, and their second read of x comes from the cache or from memory.
 //
-// The arithmetic is the CPU backend's, operation by operation, but for the order of the sum of squares: a code differs only where that moves
-// x_h/s across a rounding boundary.
+// The arithmetic is the CPU backend's, operation by operation, but for the order of the sum of squares: a code differs only where that
+// moves x_h/s across a rounding boundary.
 #include <algorithm>
 #include <cmath>
 
@@ -115,7 +115,8 @@ __device__ __forceinline__ uint32_t keep_codes(uint2 codes, uint32_t index) {
   return __byte_perm(codes.x, codes.y, first | second << 8);
 }
 
-// Everything that is written of one chunk. codes: 0 beyond the row's end and in rows that hold no numbers; stored: as layout kValues holds them.
+// Everything that is written of one chunk. codes: 0 beyond the row's end and in rows that hold no numbers; stored: as layout kValues holds
+// them.
 __device__ void write_chunk(const Problem& problem, int64_t row, int64_t chunk, int count, uint2 codes, uint2 stored, uint32_t pairs) {
   const QuantizeOutput& output = problem.output;
   const int64_t bytes = problem.code_row_bytes;
@@ -208,7 +209,10 @@ __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_cons
     for (int i = 0; i < CHUNKS; ++i) {
       const int64_t column = (first + i * static_cast<int64_t>(blockDim.x) + threadIdx.x) * kChunk;
       const int64_t left = k - column;
-      load_chunk(x[i], problem.x, problem.dtype, row * k + column, static_cast<int>(left < 0 ? 0 : left < kChunk ? left : kChunk),
+      load_chunk(x[i], problem.x, problem.dtype, row * k + column,
+                 static_cast<int>(left < 0        ? 0
+                                  : left < kChunk ? left
+                                                  : kChunk),
                  problem.vectorized_input);
     }
   };
@@ -225,7 +229,8 @@ __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_cons
   squares = sum_over_row(squares, square_sums);
   if (blockDim.x == kWarpSize) __syncthreads();  // for `table`; longer rows have met in the sum
   const bool finite = squares <= 3.402823466e38f;
-  const Row row_params = make_row(problem.params, grid, problem.k > 0 ? __fsqrt_rn(__fdiv_rn(squares, static_cast<float>(problem.k))) : 0.0f);
+  const Row row_params =
+      make_row(problem.params, grid, problem.k > 0 ? __fsqrt_rn(__fdiv_rn(squares, static_cast<float>(problem.k))) : 0.0f);
 
   int32_t code_sum = 0;
   for (int64_t first = 0; first < problem.chunks; first += pass) {
@@ -239,7 +244,10 @@ __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_cons
       const int64_t chunk = first + i * static_cast<int64_t>(blockDim.x) + threadIdx.x;
       const int64_t left = k - chunk * kChunk;
       code_sum += quantize_chunk(problem, grid, table, row_params, finite, row, chunk,
-                                 static_cast<int>(left < 0 ? 0 : left < kChunk ? left : kChunk), x[i]);
+                                 static_cast<int>(left < 0        ? 0
+                                                  : left < kChunk ? left
+                                                                  : kChunk),
+                                 x[i]);
     }
   }
   code_sum = sum_over_row(code_sum, code_sums);
@@ -260,9 +268,10 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
         to_string(quantizer.grid), "; use layout codes");
   check(layout != Layout::kPacked || quantizer.grid.bits <= 4, op, ": expected at most 4 bits for layout packed, got ",
         to_string(quantizer.grid), "; use layout codes");
-  check(!sparse || (layout != Layout::kPlanes && k % 8 == 0), op, ": expected 8 to divide k and a layout other than planes for 4:8 sparsity, got k = ",
-        k, ", layout ", to_string(layout));
-  check(!sparse || output.index != nullptr, op, ": expected an index output for 4:8 sparsity, got none");
+  check(!sparse || (layout != Layout::kPlanes && k % 8 == 0), op,
+        ": expected 8 to divide k and a layout other than planes for 4:8 sparsity, got k = ", k, ", layout ", to_string(layout));
+  check(sparse == (output.index != nullptr), op, ": expected output.index ", sparse ? "for" : "to be nullptr without",
+        " 4:8 sparsity; pass what the quantizer has");
   if (rows == 0) return;
   current_device(op);
   if (layout == Layout::kPacked) check_aligned(op, "codes", output.codes);

@@ -246,7 +246,7 @@ def info() -> None:
     """What a bug report needs: versions, build, processor, GPUs, libraries and the product each format gets."""
     from quest.infer.info import describe
 
-    print(json.dumps(describe(), indent=2))
+    print(json.dumps(describe(), indent=2, ensure_ascii=False))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -28,7 +28,6 @@ from quest.train.config import (
     CheckpointConfig,
     EvaluationConfig,
     ModelConfig,
-    OptimConfig,
     QuantSection,
     TrainConfig,
     load,
@@ -49,21 +48,28 @@ def configuration() -> TrainConfig:
     """The run of an earlier start, to be resumed, or a new one: as large as this machine trains in minutes."""
     if (RUN / "config.toml").exists():
         return replace(load(RUN / "config.toml"), resume="auto")
-    gpu = torch.cuda.is_available()
-    # On two CPU cores 4000 tokens/s; on an H200 hundreds of thousands.
-    preset, vocab_size, sequence, batch, steps = ("30M", 8192, 512, 64, 1500) if gpu else ("tiny", 2048, 256, 8, 700)
-    return TrainConfig(
+    small = TrainConfig(
         run_dir=RUN,
-        model=ModelConfig(preset),  # type: ignore[arg-type]
+        model=ModelConfig("tiny"),
         quant=QuantSection(weight="int4", activation="int4"),
-        data=DataConfig(train=("stdlib",), vocab_size=vocab_size, cache_dir=str(DIRECTORY / "data")),
-        optim=OptimConfig(),
-        evaluation=EvaluationConfig(every=steps // 4, sequences=VALIDATION_SEQUENCES),
-        checkpoint=CheckpointConfig(every=steps // 10),
-        sequence_length=sequence,
-        batch_size=batch,
-        steps=steps,
+        data=DataConfig(train=("stdlib",), vocab_size=2048, cache_dir=str(DIRECTORY / "data")),
+        evaluation=EvaluationConfig(every=200, sequences=VALIDATION_SEQUENCES),
+        checkpoint=CheckpointConfig(every=100),
+        sequence_length=256,
+        batch_size=8,
+        steps=700,  # four minutes on two CPU cores
         resume="auto",
+    )
+    if not torch.cuda.is_available():
+        return small
+    return replace(
+        small,
+        model=ModelConfig("30M"),
+        data=replace(small.data, vocab_size=8192),
+        sequence_length=512,
+        batch_size=64,
+        micro_batch_size=16,  # fits a GPU of 16 GB
+        steps=800,
     )
 
 
@@ -79,8 +85,10 @@ def main() -> int:
 
     timer = threading.Timer(TRAINING_SECONDS, stop)
     timer.start()
-    result = train(config)
-    timer.cancel()
+    try:
+        result = train(config)
+    finally:
+        timer.cancel()
     if not result.finished and not time_is_up.is_set():
         print("interrupted; run it again to go on from here")
         return 130
@@ -114,4 +122,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

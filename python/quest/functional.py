@@ -29,8 +29,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, quantizer: Quantizer | str) -> Tensor:
-    """x_hat, the nearest point of the quantizer's grid, with the estimator's gradient dx = (g M) H^T (paper, section
-    3).
+    """x_hat, the nearest point of the grid, with the estimator's gradient dx = (g M) H^T (paper, section 3).
 
     x: [*, K] float32, bfloat16 or float16; each row (all leading dimensions) has its own scale. Returns the same
     shape and dtype: in rotated space, unless the quantizer's output is "original" or its rotation "none".

@@ -1,13 +1,11 @@
 """QuestLinear, the trainable low-bit linear layer, and PackedLinear, the same layer with its weight stored as codes.
 
-    forward   y  = x_hat w_hat^T + bias            an exact integer product times the row scales, where the two grids
-    have one backward  dx = ((dy w_hat) M_x) H^T            dw = ((dy^T x_hat) M_w) H^T, both products in the compute
-    dtype
+    forward   y  = x_hat w_hat^T + bias    an exact integer product times the row scales, where both grids have integers
+    backward  dx = ((dy w_hat) M_x) H^T    and  dw = ((dy^T x_hat) M_w) H^T, both products in the compute dtype
 
-Between the two, codes, scales and mask bits are kept, never the real input (paper, section 3 and algorithm 1). When
-both operands are rotated the product is taken in rotated space, for (x H)(w H)^T = x w^T; when only one is, that one
-is rotated back first.
-The compute dtype is autocast's where autocast is on, else the dtype of x.
+Between the two, codes, scales and mask bits are kept, never the real value of a quantized operand (paper, section 3).
+When both operands are rotated the product is taken in rotated space, for (x H)(w H)^T = x w^T; when only one is, that
+one is rotated back first. The compute dtype is autocast's where autocast is on, else the dtype of x.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ from quest.quantizer import LinearQuantizers, Quantizer, QuantizerLike, as_quant
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How one layer is computed: its quantizers with the space their x_hat is in, the layouts of their codes, and
-    the product."""
+    """How one layer is computed: its quantizers, each with the space of its x_hat, their layouts, and the product."""
 
     a: Quantizer | None
     w: Quantizer | None
@@ -43,18 +40,16 @@ class LinearPlan:
 @cache
 def plan_linear(a: Quantizer | None, w: Quantizer | None) -> LinearPlan:
     """The plan of a layer with these quantizers; None is a real operand."""
-    rotated = a is not None and w is not None and a.rotation == w.rotation
-    a = None if a is None else replace(a, output="rotated" if rotated else "original")
-    w = None if w is None else replace(w, output="rotated" if rotated else "original")
+    same_space = a is not None and w is not None and a.rotation == w.rotation
+    a = None if a is None else replace(a, output="rotated" if same_space else "original")
+    w = None if w is None else replace(w, output="rotated" if same_space else "original")
     if w is None:
         return LinearPlan(a, w, "codes", "codes", "dequantized", packed_op=False)
-    if w.sparse and (a is None or w.bits > 4):  # no kernel has these operands
-        return LinearPlan(a, w, "codes", "packed" if w.bits <= 4 else "codes", "dequantized", packed_op=False)
     operands = plan_operands(w.grid_name, a.grid_name if a else None, w.sparsity)
     family, w_layout = operands["family"], cast(Layout, operands["w"])
     if a is None:
         return LinearPlan(a, w, "codes", w_layout, "dequantized", packed_op=family == "weight_only")
-    if family == "dequantized" or not rotated or a.sparse:
+    if family == "dequantized" or not same_space or a.sparse:
         return LinearPlan(a, w, "codes", w_layout, "dequantized", packed_op=False)
     return LinearPlan(a, w, cast(Layout, operands["a"]), w_layout, family, packed_op=True)
 
@@ -93,8 +88,7 @@ def _product(
 
 
 class _QuestLinear(torch.autograd.Function):
-    """y [M, N] of x [M, K]. weight is the real parameter, which gets the gradient; w_codes what it was quantized to,
-    if it was."""
+    """y [M, N] of x [M, K]. weight is the real parameter, which gets the gradient; w_codes its codes, if it has any."""
 
     @staticmethod
     def forward(
@@ -154,8 +148,7 @@ class QuestLinear(nn.Linear):
     x [*, in_features] -> [*, out_features], in autocast's dtype where that is on, else in the dtype of x (float32,
     bfloat16 or float16, as the parameters). Parameters and state_dict are those of nn.Linear: the real master weight.
     weight_quantizer, activation_quantizer: quest.Quantizer, its string, or None for a real operand (not both). Their
-    `output` is of no
-    consequence here: the layer picks the space of the product.
+    `output` does not matter here: the layer picks the space of the product.
     Raises ValueError for a 4:8 quantizer with in_features not a multiple of 8.
     """
 
@@ -194,9 +187,9 @@ class QuestLinear(nn.Linear):
         return layer.train(linear.training)
 
     def weight_codes(self) -> Codes:
-        """The weight as its quantizer gives it, in the layout of the plan. Raises for a layer without weight
-        quantizer."""
-        assert self.plan.w is not None, "QuestLinear: this layer has no weight quantizer"
+        """The weight as its quantizer gives it, in the layout of the plan. Raises ValueError where it has none."""
+        if self.plan.w is None:
+            raise ValueError("QuestLinear: expected a weight quantizer, got none: this layer quantizes its input alone")
         mask = self.weight.requires_grad and torch.is_grad_enabled()
         return ops.quantize(self.weight.detach(), self.plan.w, self.plan.w_layout, mask=mask)
 

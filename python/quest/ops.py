@@ -60,11 +60,10 @@ class Codes(NamedTuple):
 
 
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
-    """x blockdiag(H/sqrt(B)), Sylvester order, along the last dimension (paper, section 3.1). Its own inverse and
-    its own gradient.
+    """x blockdiag(H/sqrt(B)), Sylvester order, along the last dimension: its own inverse, its own gradient.
 
     x: [*, K] float32, bfloat16 or float16; computed in float32, returned in its dtype.
-    block: a power of two up to 32768 that divides K; None: 128, or the largest power of two that divides K when 128
+    block: a power of two up to 32768 that divides K; None: 128, or the largest that divides K when 128
     does not.
     Raises for another block, dtype or an x without dimensions.
     """
@@ -72,13 +71,11 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
 
 
 def quantize(x: Tensor, quantizer: Quantizer, layout: Layout = "codes", mask: bool = True) -> Codes:
-    """Rotation, row scale, codes, code sums and the estimator's mask in one pass over x (paper, section 3 and
-    algorithm 1).
+    """Rotation, row scale, codes, code sums and the estimator's mask in one pass over x (paper, section 3).
 
     x: [*, K] float32, bfloat16 or float16. Not differentiable: see quest.fake_quantize.
     A row with a NaN or an infinity gets scale NaN, codes 0, code_sum 0 and mask 0.
-    Raises for layout "values" of gauss, "packed" of more than 4 bits, "planes" of 4:8, 4:8 with K not a multiple of
-    8, other dtypes.
+    Raises for "values" of gauss, "packed" of more than 4 bits, "planes" of 4:8, 4:8 where 8 does not divide K.
     """
     return Codes(*_op("quantize")(x, str(quantizer), layout, mask))
 
@@ -94,8 +91,7 @@ def dequantize(
 
 
 def quantize_backward(grad: Tensor, mask: Tensor, quantizer: Quantizer) -> Tensor:
-    """dx = (g M) H^T (paper, equation 4 and algorithm 1), with g the gradient at x_hat (output "original": rotated
-    first).
+    """dx = (g M) H^T (paper, section 3), with g the gradient at x_hat (output "original": rotated first).
 
     grad: [*, K] float32, bfloat16 or float16; mask: as quantize wrote it. Returns [*, K] in the dtype of grad.
     """
@@ -126,12 +122,12 @@ def gemm(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y[m, n] = scale_a[m] scale_w[n] sum_k v_a[m, k] v_w[n, k] + bias[n], the sum exact in int32: gemm_int8,
-    gemm_int4 or gemm_planes.
+    """gemm_int8, gemm_int4 or gemm_planes: y[m, n] = a_scale[m] w_scale[n] sum_k v_a[m, k] v_w[n, k] + bias[n].
 
-    a, w: codes of M and N rows as quantize wrote them. int8: values (int8) or codes (uint8); int4: w packed, a
-    packed or values (int8);
-    planes: both planes, int grids of 1 to 4 bits. scale float32 and sum int32, [M] and [N]; bias float32 [N] or None.
+    The sum is exact, in int32. a, w: codes of M and N rows as quantize wrote them.
+    family int8: each values (int8) or codes (uint8); int4: w packed, a packed or values (int8); planes: both planes,
+    int grids of 1 to 4 bits.
+    a_scale, w_scale: float32 [M], [N]; a_sum, w_sum: int32 [M], [N]; bias: float32 [N] or None.
     dtype: float32, bfloat16 or float16, of y [M, N]. Raises where K is so large that the sum may not fit int32.
     """
     return _op("gemm_" + family)(a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_grid, k, bias, dtype)
@@ -151,18 +147,16 @@ def gemm_sparse(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """gemm with a 4:8 sparse weight: w packed, K/2 kept codes a row, with their index; a dense, packed or values. 8
-    divides k."""
+    """gemm with a 4:8 sparse weight: w packed, K/2 kept codes a row, and their index; a dense, packed or values."""
     return _op("gemm_sparse")(a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_index, w_grid, k, bias, dtype)
 
 
 def gemm_weight_only(
     x: Tensor, w: Tensor, w_scale: Tensor, w_grid: str, w_layout: Layout, bias: Tensor | None
 ) -> Tensor:
-    """y = x w_hat^T + bias for real x [M, K] (rotated already if w is), accumulated in float32; y [M, N] in the
-    dtype of x.
+    """y [M, N] = x w_hat^T + bias for real x [M, K], which is rotated already if w is; in the dtype of x.
 
-    w: codes of any grid in layout codes, packed or planes; bias float32 [N] or None.
+    Accumulated in float32. w: codes of any grid in layout codes, packed or planes; bias float32 [N] or None.
     """
     return _op("gemm_weight_only")(x, w, w_scale, w_grid, w_layout, bias)
 
@@ -177,8 +171,7 @@ def linear(
     w_quantizer: Quantizer,
     bias: Tensor | None,
 ) -> Tensor:
-    """Quantize x [*, K] and multiply by a stored weight of N rows: y [*, N] in the dtype of x. For inference; no
-    gradient.
+    """Quantize x [*, K] and multiply by a stored weight of N rows: y [*, N] in the dtype of x. For inference.
 
     a_quantizer None: x stays real. w: in the layout of plan_operands for the two grids. bias float32 [N] or None.
     Raises for products that have no kernel (gauss with quantized activations, rotations that differ, 4:8 activations).

@@ -106,7 +106,7 @@ class Quantizer:
     @staticmethod
     def parse(text: str) -> Quantizer:
         """The quantizer that `text` names. A grid alone, such as "int4", is short for "int4-hadamard-trust"; "int1" for
-        "int1-hadamard-clip", which is what trains best at one bit (paper, section 4.2).
+        "int1-hadamard-clip", which trains best at one bit.
 
         Raises ValueError naming the part that was not understood and the nearest that would be.
         """

@@ -1,5 +1,7 @@
-"""prepare and convert: put quantized linear layers into a torch model that knows nothing of them, and pack them when
-it is trained."""
+"""prepare and convert: quantized linear layers for a torch model that knows nothing of them, packed when it is trained.
+
+What is quantized is decided from outside, by module name: a model's code is the same with and without quantization.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from quest.linear import PackedLinear, QuestLinear
 from quest.quantizer import QuantConfig
@@ -24,7 +25,7 @@ def prepare(model: Model, config: QuantConfig) -> Model:
 
     Parameters stay the same objects, so an optimizer or a state_dict made before is still right. A module that
     occurs in several places is replaced once, by its first name, in all of them. Subclasses of nn.Linear are left
-    alone: their forward may be another.
+    alone: their forward may be another. Hooks on a replaced layer do not carry over.
     A model that is itself an nn.Linear cannot be replaced in place: use the returned one.
     Raises ValueError when the config quantizes something but no layer matched, or an override matches no layer.
     Warns when the weight of a replaced layer also serves elsewhere (tied weights): there it stays real.
@@ -85,7 +86,7 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
         if isinstance(module, QuestLinear)
         and module.weight_quantizer is not None
         and module.frozen_codes is None
-        and not isinstance(module.weight, DTensor)
+        and not hasattr(module.weight, "device_mesh")  # a DTensor, without importing torch.distributed for it
     ]
     versions = [layer.weight._version for layer in layers]
     for layer in layers:

@@ -44,7 +44,8 @@ TEST_F(Packing, ReportsACodeThatDoesNotFit) {
                   "pack: expected codes below 3 for grid ternary, got 3");
   EXPECT_CONTAINS(error_text([&] { cuda::pack({GridKind::kInt, 8}, Layout::kPacked, in.data(), packed.data(), 3, 50, nullptr); }),
                   "at most 4 bits");
-  EXPECT_CONTAINS(error_text([&] { cuda::pack(ternary, Layout::kPacked, in.data(), packed.data() + 1, 3, 50, nullptr); }), "multiple of 16 bytes");
+  EXPECT_CONTAINS(error_text([&] { cuda::pack(ternary, Layout::kPacked, in.data(), packed.data() + 1, 3, 50, nullptr); }),
+                  "multiple of 16 bytes");
 }
 
 TEST_F(Packing, UnpackRunsInAGraph) {

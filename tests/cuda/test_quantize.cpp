@@ -1,7 +1,7 @@
 // quantize, dequantize and quantize_backward on the GPU against the CPU's.
 //
-// quantize adds the squares of a row in another order than the CPU, so sigma may differ in the last bits, and with it codes and mask bits whose
-// x_h/s lies that close to a boundary: at most one in a thousand. Everything else is equal to the bit.
+// quantize adds the squares of a row in another order than the CPU, so sigma may differ in the last bits, and with it codes and mask bits
+// whose x_h/s lies that close to a boundary: at most one in a thousand. Everything else is equal to the bit.
 #include "gpu.h"
 #include "quest/cuda/quantize.h"
 #include "quest/grid.h"
@@ -40,7 +40,8 @@ int64_t codes_bytes(const Quantizer& quantizer, Layout layout, int64_t rows, int
 
 Result quantize_cpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k) {
   Result result{std::vector<uint8_t>(codes_bytes(quantizer, layout, rows, k)), std::vector<float>(rows), std::vector<int32_t>(rows),
-                std::vector<uint8_t>(rows * plane_row_bytes(k)), std::vector<uint8_t>(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0)};
+                std::vector<uint8_t>(rows * plane_row_bytes(k)),
+                std::vector<uint8_t>(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0)};
   quantize(quantizer, layout, x.data(), dtype, rows, k,
            {result.codes.data(), result.scale.data(), result.code_sum.data(), result.mask.data(),
             is_sparse(quantizer) ? result.index.data() : nullptr},
@@ -49,8 +50,8 @@ Result quantize_cpu(const Quantizer& quantizer, Layout layout, const std::vector
 }
 
 template <typename Run>
-Result quantize_gpu_with(const Run& run, const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows,
-                         int64_t k, int64_t offset) {
+Result quantize_gpu_with(const Run& run, const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype,
+                         int64_t rows, int64_t k, int64_t offset) {
   const OnDevice<uint8_t> in(x, offset), codes(codes_bytes(quantizer, layout, rows, k));
   const OnDevice<uint8_t> mask(rows * plane_row_bytes(k)), index(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0);
   const OnDevice<float> scale(rows);
@@ -147,8 +148,9 @@ TEST_F(Quantize, EveryGridInEveryLayout) {
 
 TEST_F(Quantize, EveryEstimatorAndRotation) {
   Random random(2);
-  for (const char* text : {"int4-none-trust", "int4-hadamard-clip1.2", "int2-none-clip", "int1-hadamard-clip", "int4-hadamard-ste", "fp4-none-clip",
-                           "gauss3-hadamard-trust0.4", "int4-none-4:8-ste", "int_zero4-hadamard-4:8-clip", "ternary-none-trust"}) {
+  for (const char* text :
+       {"int4-none-trust", "int4-hadamard-clip1.2", "int2-none-clip", "int1-hadamard-clip", "int4-hadamard-ste", "fp4-none-clip",
+        "gauss3-hadamard-trust0.4", "int4-none-4:8-ste", "int_zero4-hadamard-4:8-clip", "ternary-none-trust"}) {
     check_all_layouts(parse_quantizer(text), random.normals(5 * 256), DType::kFloat32, 5, 256, 0);
   }
 }
@@ -161,7 +163,7 @@ TEST_F(Quantize, EveryRowLengthAndType) {
     for (const DType dtype : testing::kDTypes) check_all_layouts(int4, random.normals(3 * k), dtype, 3, k, 0);
   }
   check_all_layouts(int4, random.normals(2 * 32768), DType::kBFloat16, 2, 32768, 0);
-  check_all_layouts(int4, random.normals(40000), DType::kBFloat16, 1, 40000, 0);  // too long for registers: two passes over x
+  check_all_layouts(int4, random.normals(40000), DType::kBFloat16, 1, 40000, 0);   // too long for registers: two passes over x
   check_all_layouts(int4, random.normals(37 * 128), DType::kFloat16, 37, 128, 0);  // several rows a thread block
 }
 
@@ -223,19 +225,22 @@ TEST_F(Quantize, StreamsGraphsAndNoMask) {
   const OnDevice<uint8_t> in(x), codes(rows * packed_row_bytes(k));
   const OnDevice<float> scale(rows);
   const OnDevice<int32_t> code_sum(rows);
-  cuda::quantize(quantizer, Layout::kPacked, in.data(), DType::kBFloat16, rows, k, {codes.data(), scale.data(), code_sum.data(), nullptr, nullptr},
-                 nullptr);
+  cuda::quantize(quantizer, Layout::kPacked, in.data(), DType::kBFloat16, rows, k,
+                 {codes.data(), scale.data(), code_sum.data(), nullptr, nullptr}, nullptr);
   EXPECT_TRUE(bitwise_equal(expected.codes, codes.host(), packed_row_bytes(k)));
 }
 
 TEST_F(Quantize, EmptyAndWrong) {
-  const QuantizeOutput none{};
+  QuantizeOutput none{};
   cuda::quantize(parse_quantizer("int4-hadamard-trust"), Layout::kCodes, nullptr, DType::kFloat32, 0, 64, none, nullptr);
   auto text = [&](const char* quantizer, Layout layout, int64_t k) {
     return error_text([&] { cuda::quantize(parse_quantizer(quantizer), layout, nullptr, DType::kFloat32, 1, k, none, nullptr); });
   };
   EXPECT_CONTAINS(text("gauss4-none-ste", Layout::kValues, 64), "expected a grid with integer values");
   EXPECT_CONTAINS(text("int5-none-ste", Layout::kPacked, 64), "expected at most 4 bits");
+  EXPECT_CONTAINS(text("int4-none-4:8-ste", Layout::kCodes, 64), "expected output.index for 4:8 sparsity");
+  uint8_t index = 0;
+  none.index = &index;
   EXPECT_CONTAINS(text("int4-none-4:8-ste", Layout::kPlanes, 64), "4:8 sparsity");
   EXPECT_CONTAINS(text("int4-none-4:8-ste", Layout::kCodes, 60), "expected 8 to divide k");
 }
@@ -246,9 +251,9 @@ void check_dequantize(const Quantizer& quantizer, Layout layout, DType dtype, in
   const Result stored =
       quantize_cpu(quantizer, layout, testing::to_dtype(random.normals(rows * k), DType::kFloat32), DType::kFloat32, rows, k);
   std::vector<uint8_t> expected(rows * k * element_size(dtype));
-  const bool needs_index = is_sparse(quantizer) && layout != Layout::kValues;
-  dequantize(quantizer, layout, stored.codes.data(), stored.scale.data(), needs_index ? stored.index.data() : nullptr, expected.data(), dtype, rows,
-             k, serial_for);
+  const bool needs_index = is_sparse(quantizer);
+  dequantize(quantizer, layout, stored.codes.data(), stored.scale.data(), needs_index ? stored.index.data() : nullptr, expected.data(),
+             dtype, rows, k, serial_for);
   const OnDevice<uint8_t> codes(stored.codes), index(stored.index), y(static_cast<int64_t>(expected.size()));
   const OnDevice<float> scale(stored.scale);
   cuda::dequantize(quantizer, layout, codes.data(), scale.data(), needs_index ? index.data() : nullptr, y.data(), dtype, rows, k, nullptr);

@@ -62,7 +62,8 @@ TEST_F(Rotation, ManyRowsAndNone) {
 }
 
 TEST_F(Rotation, RejectsBlocksThatDoNotFit) {
-  EXPECT_CONTAINS(error_text([] { cuda::hadamard(nullptr, nullptr, DType::kFloat32, 1, 96, 64, nullptr); }), "expected block to divide k = 96, got 64");
+  EXPECT_CONTAINS(error_text([] { cuda::hadamard(nullptr, nullptr, DType::kFloat32, 1, 96, 64, nullptr); }),
+                  "expected block to divide k = 96, got 64");
   EXPECT_CONTAINS(error_text([] { cuda::hadamard(nullptr, nullptr, DType::kFloat32, 1, 96, 3, nullptr); }), "power of two");
 }
 

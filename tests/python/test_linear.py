@@ -319,7 +319,7 @@ def test_representations() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="expected a weight or an activation quantizer, got neither; use nn.Linear"):
+    with pytest.raises(ValueError, match=r"expected a weight or an activation quantizer, got neither; use nn.Linear"):
         QuestLinear(IN, OUT, weight_quantizer=None, activation_quantizer="none")
     with pytest.raises(ValueError, match=r"in_features: expected a multiple of 8 for int4-hadamard-4:8-trust, got 90"):
         QuestLinear(90, OUT, weight_quantizer=SPARSE)

@@ -40,7 +40,8 @@ EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0*
 
 def layouts_of(q: Quantizer) -> list[ops.Layout]:
     layouts: list[ops.Layout] = ["codes"]
-    if q.grid != "gauss":
+    # gauss has no integer values, and the 8-bit ones (code - 128) none for the zero of a pruned element.
+    if q.grid != "gauss" and not (q.sparse and q.bits == 8):
         layouts.append("values")
     if q.bits <= 4:
         layouts.append("packed")
@@ -52,7 +53,7 @@ def layouts_of(q: Quantizer) -> list[ops.Layout]:
 def stored(expected: reference.Quantized, q: Quantizer, layout: ops.Layout) -> Tensor:
     """The bytes that the layout prescribes."""
     if layout == "values":
-        return ((expected.codes - 128) * expected.kept if q.bits == 8 else expected.values).to(torch.int8)
+        return (expected.codes - 128 if q.bits == 8 else expected.values).to(torch.int8)
     codes = reference.compress(expected.codes, expected.kept) if q.sparse else expected.codes
     if layout == "codes":
         return codes.to(torch.uint8)

@@ -202,6 +202,7 @@ static inline void widen(const GemmTask& task, const uint8_t* codes, float* leve
 }
 
 static void fill_w_row(const GemmTask& task, int64_t n, uint8_t* out) {
+  if (task.k == 0) return;  // the data may be a null pointer
   const uint8_t* row = task.w + n * task.w_row_bytes;
   if (task.panel == Panel::kBits) return copy_planes(row, task.w_planes, task.w_plane_stride, task.w_row_bytes, task.depth, out);
   if (task.w_index) return expand_sparse(task, n, out);

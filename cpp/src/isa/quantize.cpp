@@ -172,7 +172,7 @@ static void quantize_row(const QuantizeTask& task, int64_t r, float* row) {
   if (!(sum <= __FLT_MAX__)) return write_nan_row(task, r);
   rotate(row, k, task.block);
 
-  const RowGrid grid = row_grid(task, k > 0 ? __builtin_sqrtf(sum / static_cast<float>(k)) : 0.0f);
+  const RowGrid grid = row_grid(task, __builtin_sqrtf(sum / static_cast<float>(k)));
   const bool table = task.grid.kind == GridKind::kFp4 || task.grid.kind == GridKind::kGauss;
   const AffineCodes affine = affine_codes(task.grid);
   uint8_t* const codes_out = task.codes + r * task.code_row_bytes;

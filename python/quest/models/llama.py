@@ -6,7 +6,7 @@
 
 The model is plain torch and knows nothing of quantization: `quest.prepare` swaps its `nn.Linear`s from outside. The
 projections that read the same input are fused (`qkv`, `gate_up`), so that a quantizer meets each activation once.
-Sizes follow the QuEST paper (arXiv 2502.05003, appendix): hidden width = 8/3 of the model width, rounded up to 256.
+Sizes follow the QuEST paper (arXiv 2502.05003): hidden width = 8/3 of the model width, rounded up to 256.
 
 Shape suffixes: B batch, S new positions, T positions attended to (cached and new), D model width, H query heads,
 G key/value heads, E width of a head, F hidden width of the MLP, V vocabulary.

@@ -1,4 +1,4 @@
-"""What quantization does to each layer while a model trains (QuEST paper, section 4 and figure 2).
+"""What quantization does to each layer while a model trains (the quantities that arXiv 2502.05003 reports).
 
 Per quantized layer, of its weight:
 

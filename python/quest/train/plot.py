@@ -7,9 +7,6 @@ from pathlib import Path
 
 from quest.train.metrics import read_records
 
-# Half the weight of the smoothed curve is on the last 14 of its records: enough to see through the noise of batches.
-_SMOOTHING = 0.95
-
 
 def plot_losses(run_dirs: Sequence[Path], output: Path) -> None:
     """Draws training loss (each record pale, smoothed on top) and validation loss (points) against tokens.
@@ -52,10 +49,15 @@ def plot_losses(run_dirs: Sequence[Path], output: Path) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Exponential moving average, corrected for its start.
+
+    It reaches back a fiftieth of the curve, which bends no short one, and at most 20 records, enough to see through
+    the noise of batches.
+    """
+    keep = min(max(0.0, 1 - 50 / len(values)), 0.95)
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
-        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        total = keep * total + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
         smoothed.append(total / weight)
     return smoothed

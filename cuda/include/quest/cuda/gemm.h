@@ -1,8 +1,9 @@
 // The low-bit matrix products on the GPU: quest/gemm.h says what they compute.
 //
 // All pointers are device memory. Asynchronous on `stream`; no workspace, no atomics: the same operands give the same bits in every run.
-// kPacked and kPlanes operands and indices must start at a multiple of 16 bytes; other operands are fastest when they do and 16 bytes divide a row.
-// Integer sums are exact. gemm_weight_only of bfloat16 or float16 rounds the levels of a gauss grid to that type (other levels are exact in it).
+// kPacked and kPlanes operands and indices must start at a multiple of 16 bytes; other operands are fastest when they do and 16 bytes
+// divide a row. Integer sums are exact. gemm_weight_only of bfloat16 or float16 rounds the levels of a gauss grid to that type (other
+// levels are exact in it).
 #pragma once
 
 #include <cuda_runtime_api.h>

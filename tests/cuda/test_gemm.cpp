@@ -1,0 +1,412 @@
+// The products on the GPU against the CPU's. Integer sums are exact and the epilogue rounds step by step as the CPU's does, so float32
+// results are equal to the bit. gemm_weight_only adds floats in another order; its tolerance is derived where it is used.
+#include "gpu.h"
+#include "quest/cuda/gemm.h"
+#include "quest/grid.h"
+#include "quest/packing.h"
+#include "quest/plan.h"
+
+namespace quest {
+namespace {
+
+using testing::bitwise_equal;
+using testing::error_text;
+using testing::OnDevice;
+using testing::Random;
+
+class Gemm : public testing::GpuTest {};
+class GemmWeightOnly : public testing::GpuTest {};
+
+enum class Fill { kRandom, kTop, kBottom };
+
+// A [rows, k] matrix of codes in a layout, on both sides. offset: of the data's address on the GPU, in bytes.
+class Matrix {
+ public:
+  Matrix(Random& random, Grid grid, Layout layout, int64_t rows, int64_t k, Fill fill = Fill::kRandom, bool sparse = false,
+         int64_t offset = 0)
+      : grid_(grid),
+        layout_(layout),
+        code_sum_(rows),
+        data_(make_data(random, rows, k, fill, sparse)),
+        scale_(make_scale(random, rows)),
+        device_data_(data_, offset),
+        device_index_(index_),
+        device_scale_(scale_),
+        device_code_sum_(code_sum_) {}
+
+  Operand host() const { return {grid_, layout_, data_.data(), scale_.data(), code_sum_.data(), index_.empty() ? nullptr : index_.data()}; }
+  Operand device() const {
+    return {grid_,
+            layout_,
+            device_data_.data(),
+            device_scale_.data(),
+            device_code_sum_.data(),
+            index_.empty() ? nullptr : device_index_.data()};
+  }
+
+ private:
+  std::vector<uint8_t> make_data(Random& random, int64_t rows, int64_t k, Fill fill, bool sparse) {
+    std::vector<uint8_t> codes = random.codes(rows * k, level_count(grid_));
+    const bool fp4 = grid_.kind == GridKind::kFp4;
+    if (fill == Fill::kTop) std::fill(codes.begin(), codes.end(), static_cast<uint8_t>(fp4 ? 7 : level_count(grid_) - 1));
+    if (fill == Fill::kBottom) std::fill(codes.begin(), codes.end(), static_cast<uint8_t>(fp4 ? 15 : 0));
+    std::vector<uint8_t> stored;
+    if (sparse) index_.resize(rows * index_row_bytes(k));
+    for (int64_t i = 0; i < rows * k; ++i) {
+      if (sparse) {
+        const int64_t r = i / k, group = i % k / 8, pair = i % 8 / 2;
+        uint8_t& byte = index_[r * index_row_bytes(k) + group / 2];
+        const int shift = static_cast<int>(group % 2 * 4);
+        if (i % 8 == 0) {
+          const int64_t p0 = random.below(3), p1 = p0 + 1 + random.below(3 - p0);
+          byte = static_cast<uint8_t>(byte | (p0 | p1 << 2) << shift);
+        }
+        if (pair != (byte >> shift & 3) && pair != (byte >> shift >> 2 & 3)) continue;
+      }
+      stored.push_back(codes[i]);
+      code_sum_[i / k] += codes[i];
+    }
+    if (layout_ == Layout::kCodes) return stored;
+    if (layout_ == Layout::kValues) {
+      for (uint8_t& code : stored) code = static_cast<uint8_t>(grid_.bits == 8 ? code - 128 : code_value(grid_, code));
+      return stored;
+    }
+    const int64_t width = sparse ? k / 2 : k;
+    std::vector<uint8_t> packed(rows * row_bytes(layout_, width) * (layout_ == Layout::kPlanes ? grid_.bits : 1));
+    pack(grid_, layout_, stored.data(), packed.data(), rows, width, serial_for);
+    return packed;
+  }
+  static std::vector<float> make_scale(Random& random, int64_t rows) {
+    std::vector<float> scale(rows);
+    for (float& value : scale) value = static_cast<float>(random.uniform() + 0.5);
+    return scale;
+  }
+
+  Grid grid_;
+  Layout layout_;
+  std::vector<int32_t> code_sum_;
+  std::vector<uint8_t> index_;
+  std::vector<uint8_t> data_;
+  std::vector<float> scale_;
+  OnDevice<uint8_t> device_data_, device_index_;
+  OnDevice<float> device_scale_;
+  OnDevice<int32_t> device_code_sum_;
+};
+
+using CpuGemm = decltype(&gemm_int8);
+using GpuGemm = decltype(&cuda::gemm_int8);
+
+struct Product {
+  const char* name;
+  CpuGemm cpu;
+  GpuGemm gpu;
+};
+constexpr Product kInt8{"gemm_int8", gemm_int8, cuda::gemm_int8};
+constexpr Product kInt4{"gemm_int4", gemm_int4, cuda::gemm_int4};
+constexpr Product kPlanes{"gemm_planes", gemm_planes, cuda::gemm_planes};
+constexpr Product kSparse{"gemm_sparse", gemm_sparse, cuda::gemm_sparse};
+
+void check_product(const Product& product, const Matrix& a, const Matrix& w, int64_t m, int64_t n, int64_t k, DType dtype = DType::kFloat32,
+                   bool with_bias = true, int64_t offset = 0) {
+  SCOPED_TRACE(concat(product.name, " ", to_string(a.host().grid), " (", to_string(a.host().layout), ") x ", to_string(w.host().grid), " (",
+                      to_string(w.host().layout), "), ", m, " x ", n, " x ", k, ", dtype ", static_cast<int>(dtype)));
+  Random random(99);
+  const std::vector<float> bias = random.normals(n);
+  std::vector<uint8_t> expected(m * n * element_size(dtype));
+  product.cpu(a.host(), w.host(), with_bias ? bias.data() : nullptr, expected.data(), dtype, m, n, k, serial_for);
+  const OnDevice<float> device_bias(bias);
+  const OnDevice<uint8_t> y(static_cast<int64_t>(expected.size()), offset);
+  product.gpu(a.device(), w.device(), with_bias ? device_bias.data() : nullptr, y.data(), dtype, m, n, k, nullptr);
+  EXPECT_TRUE(bitwise_equal(expected, y.host(), n * element_size(dtype)));
+}
+
+struct Shape {
+  int64_t m, n, k;
+};
+// One row to several tiles of every size, ragged in each direction; k that 16, 8 and nothing divides.
+const std::vector<Shape> kShapes = {{1, 1, 1},    {1, 32, 128},   {1, 65, 4096},   {2, 33, 40},   {7, 40, 1000},
+                                    {8, 64, 256}, {9, 31, 129},   {16, 96, 512},   {17, 63, 96},  {33, 70, 257},
+                                    {64, 64, 64}, {65, 130, 192}, {129, 200, 320}, {257, 129, 64}};
+
+TEST_F(Gemm, Int8OfEveryPairOfLayouts) {
+  Random random(1);
+  const std::vector<Grid> grids = {{GridKind::kInt, 1}, {GridKind::kInt, 4},     {GridKind::kInt, 7},     {GridKind::kInt, 8},
+                                   {GridKind::kFp4, 4}, {GridKind::kIntZero, 5}, {GridKind::kIntZero, 8}, {GridKind::kTernary, 2}};
+  for (const Grid grid_a : grids) {
+    for (const Grid grid_w : grids) {
+      for (const Layout layout_a : {Layout::kValues, Layout::kCodes}) {
+        for (const Layout layout_w : {Layout::kValues, Layout::kCodes}) {
+          for (const Shape shape : {Shape{3, 35, 144}, Shape{20, 35, 144}}) {
+            const Matrix a(random, grid_a, layout_a, shape.m, shape.k), w(random, grid_w, layout_w, shape.n, shape.k);
+            check_product(kInt8, a, w, shape.m, shape.n, shape.k);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Gemm, Int8OfEveryShape) {
+  Random random(2);
+  for (const Shape& s : kShapes) {
+    const Matrix a(random, {GridKind::kInt, 6}, Layout::kValues, s.m, s.k), w(random, {GridKind::kInt, 8}, Layout::kCodes, s.n, s.k);
+    check_product(kInt8, a, w, s.m, s.n, s.k);
+    const Matrix v(random, {GridKind::kInt, 7}, Layout::kValues, s.n, s.k);
+    check_product(kInt8, a, v, s.m, s.n, s.k);
+  }
+}
+
+TEST_F(Gemm, Int4OfEveryShapeAndGrid) {
+  Random random(3);
+  const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, fp4{GridKind::kFp4, 4};
+  for (const Shape& s : kShapes) {
+    const Matrix w(random, int4, Layout::kPacked, s.n, s.k), fp4_w(random, fp4, Layout::kPacked, s.n, s.k);
+    const Matrix packed(random, int4, Layout::kPacked, s.m, s.k), values(random, int8, Layout::kValues, s.m, s.k);
+    check_product(kInt4, packed, w, s.m, s.n, s.k);
+    check_product(kInt4, values, w, s.m, s.n, s.k);
+    check_product(kInt4, packed, fp4_w, s.m, s.n, s.k);
+    check_product(kInt4, values, fp4_w, s.m, s.n, s.k);
+  }
+  for (const Grid grid :
+       {Grid{GridKind::kInt, 1}, Grid{GridKind::kInt, 3}, Grid{GridKind::kIntZero, 4}, Grid{GridKind::kTernary, 2}, fp4}) {
+    for (const int64_t m : {5, 21}) {
+      const Matrix w(random, grid, Layout::kPacked, 50, 200), a(random, grid, Layout::kPacked, m, 200),
+          b(random, fp4, Layout::kPacked, m, 200);
+      check_product(kInt4, a, w, m, 50, 200);
+      check_product(kInt4, b, w, m, 50, 200);
+    }
+  }
+}
+
+TEST_F(Gemm, PlanesOfEveryPairOfBits) {
+  Random random(4);
+  for (int32_t bits_a = 1; bits_a <= 4; ++bits_a) {
+    for (int32_t bits_w = 1; bits_w <= 4; ++bits_w) {
+      for (const Shape& s : {Shape{3, 40, 100}, Shape{70, 66, 1100}}) {
+        const Matrix a(random, {GridKind::kInt, bits_a}, Layout::kPlanes, s.m, s.k),
+            w(random, {GridKind::kInt, bits_w}, Layout::kPlanes, s.n, s.k);
+        check_product(kPlanes, a, w, s.m, s.n, s.k);
+      }
+    }
+  }
+  for (const Shape& s : kShapes) {
+    const Matrix a(random, {GridKind::kInt, 2}, Layout::kPlanes, s.m, s.k), w(random, {GridKind::kInt, 1}, Layout::kPlanes, s.n, s.k);
+    check_product(kPlanes, a, w, s.m, s.n, s.k);
+  }
+}
+
+TEST_F(Gemm, SparseOfEveryShapeAndGrid) {
+  Random random(5);
+  for (const Shape& s : kShapes) {
+    const int64_t k = round_up(s.k, 8);
+    const Matrix w(random, {GridKind::kInt, 4}, Layout::kPacked, s.n, k, Fill::kRandom, true);
+    const Matrix packed(random, {GridKind::kInt, 4}, Layout::kPacked, s.m, k), values(random, {GridKind::kInt, 8}, Layout::kValues, s.m, k);
+    check_product(kSparse, packed, w, s.m, s.n, k);
+    check_product(kSparse, values, w, s.m, s.n, k);
+  }
+  const std::vector<Grid> grids = {{GridKind::kInt, 2}, {GridKind::kFp4, 4}, {GridKind::kTernary, 2}, {GridKind::kIntZero, 3}};
+  for (const Grid grid_a : grids) {
+    for (const Grid grid_w : grids) {
+      const Matrix w(random, grid_w, Layout::kPacked, 30, 176, Fill::kRandom, true), a(random, grid_a, Layout::kPacked, 19, 176);
+      const Matrix values(random, {GridKind::kInt, 8}, Layout::kValues, 19, 176);
+      check_product(kSparse, a, w, 19, 30, 176);
+      check_product(kSparse, values, w, 19, 30, 176);
+    }
+  }
+}
+
+// The largest sums that int32 holds, and rows as long as they may be.
+TEST_F(Gemm, ExtremeCodes) {
+  Random random(6);
+  const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8};
+  for (const int64_t m : {2, 18}) {
+    for (const Fill fill_a : {Fill::kTop, Fill::kBottom}) {
+      for (const Fill fill_w : {Fill::kTop, Fill::kBottom}) {
+        const int64_t deepest = max_gemm_depth(int8, int8);
+        for (const Layout layout : {Layout::kValues, Layout::kCodes}) {
+          const Matrix a(random, int8, layout, m, deepest, fill_a), w(random, int8, layout, 3, deepest, fill_w);
+          check_product(kInt8, a, w, m, 3, deepest);
+        }
+        const Matrix a(random, int4, Layout::kPacked, m, 32768, fill_a), w(random, int4, Layout::kPacked, 3, 32768, fill_w);
+        check_product(kInt4, a, w, m, 3, 32768);
+      }
+    }
+    const Matrix a(random, int4, Layout::kPlanes, m, 32768, Fill::kTop), w(random, int4, Layout::kPlanes, 3, 32768, Fill::kBottom);
+    check_product(kPlanes, a, w, m, 3, 32768);
+    const Matrix v(random, int8, Layout::kValues, m, 8192, Fill::kBottom), s(random, int4, Layout::kPacked, 3, 8192, Fill::kTop, true);
+    check_product(kSparse, v, s, m, 3, 8192);
+  }
+}
+
+TEST_F(Gemm, EveryOutputType) {
+  Random random(7);
+  const Grid int4{GridKind::kInt, 4};
+  for (const DType dtype : testing::kDTypes) {
+    for (const int64_t m : {4, 30, 130}) {
+      for (const int64_t n : {72, 75}) {
+        const Matrix a(random, int4, Layout::kValues, m, 128), w(random, int4, Layout::kPacked, n, 128);
+        check_product(kInt4, a, w, m, n, 128, dtype, true);
+        check_product(kInt4, a, w, m, n, 128, dtype, false);
+        check_product(kInt4, a, w, m, n, 128, dtype, true, 4);
+      }
+    }
+  }
+}
+
+TEST_F(Gemm, AnyAddressOfUnpaddedRows) {
+  Random random(8);
+  const Grid int7{GridKind::kInt, 7};
+  for (const int64_t m : {4, 30}) {
+    const Matrix a(random, int7, Layout::kValues, m, 128, Fill::kRandom, false, 3),
+        w(random, int7, Layout::kCodes, 40, 128, Fill::kRandom, false, 5);
+    check_product(kInt8, a, w, m, 40, 128);
+  }
+}
+
+TEST_F(Gemm, RowsWithoutNumbersAreNan) {
+  const int64_t m = 20, n = 40, k = 64;
+  Random random(9);
+  const Grid int4{GridKind::kInt, 4};
+  const Matrix w(random, int4, Layout::kPacked, n, k);
+  const OnDevice<uint8_t> codes(std::vector<uint8_t>(m * packed_row_bytes(k), 0));
+  std::vector<float> scale(m, 1.0f);
+  scale[3] = NAN;
+  const OnDevice<float> device_scale(scale), y(m * n);
+  const OnDevice<int32_t> code_sum(std::vector<int32_t>(m, 0));
+  cuda::gemm_int4({int4, Layout::kPacked, codes.data(), device_scale.data(), code_sum.data()}, w.device(), nullptr, y.data(),
+                  DType::kFloat32, m, n, k, nullptr);
+  const std::vector<float> got = y.host();
+  for (int64_t i = 0; i < m * n; ++i) EXPECT_EQ(std::isnan(got[i]), i / n == 3) << "row " << i / n << ", column " << i % n;
+}
+
+TEST_F(Gemm, EmptyProducts) {
+  Random random(10);
+  const Grid int4{GridKind::kInt, 4}, int2{GridKind::kInt, 2};
+  for (const int64_t m : {3, 18}) {
+    const Matrix a(random, int4, Layout::kPacked, m, 0), w(random, int4, Layout::kPacked, 20, 0);
+    check_product(kInt4, a, w, m, 20, 0);
+    const Matrix b(random, int2, Layout::kPlanes, m, 0), v(random, int2, Layout::kPlanes, 20, 0);
+    check_product(kPlanes, b, v, m, 20, 0);
+  }
+  const Operand none{int4, Layout::kPacked, nullptr, nullptr, nullptr};
+  cuda::gemm_int4(none, none, nullptr, nullptr, DType::kFloat32, 0, 5, 64, nullptr);
+  cuda::gemm_int4(none, none, nullptr, nullptr, DType::kFloat32, 5, 0, 64, nullptr);
+}
+
+TEST_F(Gemm, SameBitsOnAnyStreamAndInAGraph) {
+  Random random(11);
+  const Grid int4{GridKind::kInt, 4};
+  for (const int64_t m : {6, 100}) {
+    const int64_t n = 90, k = 2048;
+    const Matrix a(random, int4, Layout::kValues, m, k), w(random, int4, Layout::kPacked, n, k);
+    const OnDevice<float> expected(m * n), streamed(m * n), captured(m * n);
+    auto multiply = [&](const OnDevice<float>& y, cudaStream_t stream) {
+      cuda::gemm_int4(a.device(), w.device(), nullptr, y.data(), DType::kFloat32, m, n, k, stream);
+    };
+    multiply(expected, nullptr);
+    const testing::Stream stream;
+    multiply(streamed, stream);
+    testing::run_captured([&](cudaStream_t capturing) { multiply(captured, capturing); });
+    EXPECT_TRUE(bitwise_equal(expected.host(), streamed.host(), n));
+    EXPECT_TRUE(bitwise_equal(expected.host(), captured.host(), n));
+  }
+}
+
+TEST_F(Gemm, RejectsWhatItCannotMultiply) {
+  const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, gauss{GridKind::kGauss, 4};
+  auto text = [](GpuGemm gemm, Grid a, Layout layout_a, Grid w, Layout layout_w, int64_t k, uintptr_t address = 0) {
+    return error_text([&] {
+      const void* data = reinterpret_cast<const void*>(address);
+      gemm({a, layout_a, data, nullptr, nullptr}, {w, layout_w, data, nullptr, nullptr}, nullptr, nullptr, DType::kFloat32, 1, 1, k,
+           nullptr);
+    });
+  };
+  EXPECT_CONTAINS(text(cuda::gemm_int8, int4, Layout::kPacked, int4, Layout::kValues, 64),
+                  "gemm_int8: expected a in layout values or codes, got packed");
+  EXPECT_CONTAINS(text(cuda::gemm_int8, gauss, Layout::kCodes, int4, Layout::kValues, 64), "grid with integer values, got gauss4");
+  EXPECT_CONTAINS(text(cuda::gemm_int8, int8, Layout::kCodes, int8, Layout::kCodes, 33026), "expected k <= 33025");
+  EXPECT_CONTAINS(text(cuda::gemm_int4, int4, Layout::kPacked, int4, Layout::kValues, 64), "expected w in layout packed");
+  EXPECT_CONTAINS(text(cuda::gemm_int4, int4, Layout::kPacked, int4, Layout::kPacked, 64, 8), "multiple of 16 bytes");
+  EXPECT_CONTAINS(text(cuda::gemm_planes, {GridKind::kInt, 5}, Layout::kPlanes, int4, Layout::kPlanes, 64), "1 to 4 bits");
+  EXPECT_CONTAINS(text(cuda::gemm_sparse, int4, Layout::kPacked, int4, Layout::kPacked, 64), "4:8 index");
+}
+
+// |y - y_ref| for float32 sums of k products in any order: each of about k additions and one product rounds to 2^-24 of sums that are at
+// most the sum of magnitudes; the levels of gauss are rounded to x's type once; the output is rounded to it once.
+void check_weight_only(Random& random, Grid grid, Layout layout, DType dtype, int64_t m, int64_t n, int64_t k, int64_t offset = 0) {
+  SCOPED_TRACE(concat(to_string(grid), " (", to_string(layout), "), ", m, " x ", n, " x ", k, ", dtype ", static_cast<int>(dtype)));
+  const Matrix w(random, grid, layout, n, k);
+  const std::vector<uint8_t> x = testing::to_dtype(random.normals(m * k), dtype);
+  const std::vector<float> bias = random.normals(n);
+  std::vector<float> wide(m * k);
+  for (int64_t i = 0; i < m * k; ++i) wide[i] = testing::element(x, dtype, i);
+  std::vector<uint8_t> codes(n * k);
+  if (layout == Layout::kCodes) {
+    std::memcpy(codes.data(), w.host().data, codes.size());
+  } else {
+    unpack(grid, layout, static_cast<const uint8_t*>(w.host().data), codes.data(), n, k, serial_for);
+  }
+  const OnDevice<uint8_t> device_x(x, offset), y(m * n * element_size(dtype), offset);
+  const OnDevice<float> device_bias(bias);
+  cuda::gemm_weight_only(device_x.data(), w.device(), device_bias.data(), y.data(), dtype, m, n, k, nullptr);
+  const std::vector<uint8_t> got = y.host();
+  const double level_rounding = grid.kind == GridKind::kGauss && dtype != DType::kFloat32 ? testing::rounding(dtype) : 0.0;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0, magnitude = 0;
+      for (int64_t l = 0; l < k; ++l) {
+        const double term = static_cast<double>(wide[i * k + l]) * code_level(grid, codes[j * k + l]);
+        sum += term;
+        magnitude += std::abs(term);
+      }
+      const double scale = w.host().scale[j];
+      const double expected = sum * scale + bias[j];
+      const double tolerance = magnitude * scale * ((static_cast<double>(k) + 4) * 0x1p-24 + level_rounding) +
+                               std::abs(expected) * (testing::rounding(dtype) * 1.01 + 0x1p-23) + 1e-6;
+      ASSERT_NEAR(testing::element(got, dtype, i * n + j), expected, tolerance) << "row " << i << ", column " << j;
+    }
+  }
+}
+
+TEST_F(GemmWeightOnly, EveryGridAndLayout) {
+  Random random(20);
+  for (const Grid grid : testing::all_grids()) {
+    for (const Layout layout : {Layout::kCodes, Layout::kPacked, Layout::kPlanes}) {
+      if (layout == Layout::kPacked && grid.bits > 4) continue;
+      for (const DType dtype : testing::kDTypes) {
+        check_weight_only(random, grid, layout, dtype, 5, 40, 136);
+        check_weight_only(random, grid, layout, dtype, 20, 40, 136);
+      }
+    }
+  }
+}
+
+TEST_F(GemmWeightOnly, EveryShape) {
+  Random random(21);
+  for (const Shape& s : kShapes) {
+    for (const DType dtype : testing::kDTypes) {
+      check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, dtype, s.m, s.n, s.k);
+      check_weight_only(random, {GridKind::kInt, 5}, Layout::kCodes, dtype, s.m, s.n, s.k, 4);
+    }
+  }
+  check_weight_only(random, {GridKind::kInt, 2}, Layout::kPlanes, DType::kBFloat16, 3, 32, 32768);
+  check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, DType::kFloat32, 3, 32, 0);
+  check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, DType::kBFloat16, 30, 32, 0);
+}
+
+TEST_F(GemmWeightOnly, RunsInAGraph) {
+  Random random(22);
+  const int64_t n = 70, k = 512;
+  const Matrix w(random, {GridKind::kGauss, 4}, Layout::kPacked, n, k);
+  for (const int64_t m : {2, 40}) {
+    const OnDevice<uint8_t> x(testing::to_dtype(random.normals(m * k), DType::kBFloat16)), direct(2 * m * n), captured(2 * m * n);
+    cuda::gemm_weight_only(x.data(), w.device(), nullptr, direct.data(), DType::kBFloat16, m, n, k, nullptr);
+    testing::run_captured([&](cudaStream_t stream) {
+      cuda::gemm_weight_only(x.data(), w.device(), nullptr, captured.data(), DType::kBFloat16, m, n, k, stream);
+    });
+    EXPECT_TRUE(bitwise_equal(direct.host(), captured.host(), 2 * n));
+  }
+}
+
+}  // namespace
+}  // namespace quest
