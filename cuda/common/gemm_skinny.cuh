@@ -16,6 +16,7 @@
 namespace quest::cuda {
 
 inline constexpr int kSkinnyThreads = 256;
+inline constexpr int kSkinnyBlocks = 2;  // a multiprocessor: leaves a thread 128 registers, most of them loads in flight
 inline constexpr int kSkinnyWarps = kSkinnyThreads / 32;
 inline constexpr int kSkinnyM = 16, kSkinnyN = 32;
 inline constexpr int kSliceColumns = 128;
@@ -88,9 +89,10 @@ __device__ __forceinline__ void add_row_sum(int32_t* sum, const uint32_t (&words
 
 // Integer operands. W, A: SkinnyBytes or SkinnyNibbles.
 template <typename A, typename W>
-__global__ __launch_bounds__(kSkinnyThreads) void gemm_skinny_kernel(const __grid_constant__ typename A::Source a_source,
-                                                                     const __grid_constant__ typename W::Source w_source, int64_t k,
-                                                                     const __grid_constant__ IntegerEpilogue epilogue) {
+__global__ __launch_bounds__(kSkinnyThreads, kSkinnyBlocks) void gemm_skinny_kernel(const __grid_constant__ typename A::Source a_source,
+                                                                                    const __grid_constant__ typename W::Source w_source,
+                                                                                    int64_t k,
+                                                                                    const __grid_constant__ IntegerEpilogue epilogue) {
   __shared__ int32_t scratch[kSkinnyWarps * kSkinnyM * kSkinnyN];
   __shared__ int32_t a_sums[kSkinnyM], w_sums[kSkinnyN];
   if (threadIdx.x < kSkinnyM) a_sums[threadIdx.x] = 0;

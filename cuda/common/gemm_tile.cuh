@@ -300,20 +300,18 @@ __global__ __launch_bounds__(kTileThreads) void gemm_tile_kernel(const __grid_co
     }
   }
 
-  cp_async_wait<0>();
-  __syncthreads();
   if constexpr (Epilogue::kSumsValues) {
     int32_t* const sums = reinterpret_cast<int32_t*>(shared + Tile::STAGES_BYTES);
     if (threadIdx.x < Tile::BLOCK_M) sums[threadIdx.x] = a_sum;
     if (threadIdx.x < Tile::BLOCK_N) sums[Tile::BLOCK_M + threadIdx.x] = w_sum;
-    __syncthreads();
   }
+  __syncthreads();  // the sums are there, and all warps are done with the stages, which serve as staging now
   store_tile<Tile>(epilogue, accumulators, shared, first_m, first_n, warp_m, warp_n);
 }
 
 // ---- host
 
-// k_tiles: of 64 bytes. LoadA, LoadW: class templates over the rows of a tile.
+// LoadA, LoadW: class templates over the rows of a tile.
 template <typename Mma, template <int> class LoadA, template <int> class LoadW, typename SourceA, typename SourceW, typename Epilogue>
 void launch_tile(const char* op, const GemmTile& tile, const SourceA& a, const SourceW& w, const Steps& steps, const Epilogue& epilogue,
                  cudaStream_t stream) {

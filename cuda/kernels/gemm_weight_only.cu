@@ -118,9 +118,9 @@ using Float16Loader = LevelLoader<ROWS, MmaFloat16>;
 
 // At most 16 rows of x: the scheme of gemm_skinny.cuh with 16-bit floats, so the 32 columns of a lane are 16 words, 4 of each chunk.
 template <typename Mma>
-__global__ __launch_bounds__(kSkinnyThreads) void skinny_kernel(const __grid_constant__ ByteRows x_rows,
-                                                                const __grid_constant__ LevelRows w_rows,
-                                                                const __grid_constant__ RealEpilogue epilogue) {
+__global__ __launch_bounds__(kSkinnyThreads, kSkinnyBlocks) void skinny_kernel(const __grid_constant__ ByteRows x_rows,
+                                                                               const __grid_constant__ LevelRows w_rows,
+                                                                               const __grid_constant__ RealEpilogue epilogue) {
   constexpr int kChunks = kLaneColumns / kChunk;
   __shared__ float scratch[kSkinnyWarps * kSkinnyM * kSkinnyN];
   __shared__ float table[kMaxLevels];

@@ -34,7 +34,7 @@ template <typename T>
 class OnDevice {
  public:
   explicit OnDevice(const std::vector<T>& values, int64_t offset = 0) : size_(static_cast<int64_t>(values.size())), offset_(offset) {
-    cuda_ok(cudaMalloc(reinterpret_cast<void**>(&base_, (size_ + offset_ + 1) * sizeof(T)));
+    cuda_ok(cudaMalloc(reinterpret_cast<void**>(&base_), (size_ + offset_ + 1) * sizeof(T)));
     cuda_ok(cudaMemcpy(data(), values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
   }
   // Filled with a pattern that no operation may leave behind.
