@@ -1,7 +1,6 @@
 #include "quest/plan.h"
 
 #include <algorithm>
-#include <cstddef>
 
 #include "quest/check.h"
 #include "quest/grid.h"
@@ -19,18 +18,24 @@ bool planes_pay(Grid a, Grid w) {
 }
 
 struct TileRow {
-  int64_t max_m;  // the first row that the problem's m does not exceed
-  int32_t block_m, block_n, block_k;
-  bool split_k;
+  int32_t block_m, block_n;
   const char* kernel;
   const char* reason;
 };
 
-constexpr TileRow kTiles[] = {
-    {16, 16, 128, 128, true, "m16n128", "decoding: bound by the bytes of w, so few rows and K shared by several blocks"},
-    {64, 64, 64, 128, true, "m64n64", "few tiles: small ones, and K shared, so that every SM has work"},
-    {INT64_MAX, 128, 128, 128, false, "m128n128", "bound by arithmetic: each byte loaded serves 128 products"},
-};
+constexpr TileRow kSkinny = {16, 32, "skinny",
+                             "at most 16 rows: bound by the bytes of w, which are read once; the 8 warps of a block share K"};
+constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
+constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
+
+// Families with a kernel for few rows; the others use the small tile.
+bool has_skinny(GemmFamily family) {
+  return family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kWeightOnly;
+}
+
+int64_t tiles(const TileRow& row, int64_t m, int64_t n) {
+  return ((m + row.block_m - 1) / row.block_m) * ((n + row.block_n - 1) / row.block_n);
+}
 
 }  // namespace
 
@@ -79,16 +84,11 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   check(compute_capability >= 80, "plan_tile: expected compute capability 80 or higher, got ", compute_capability,
         "; the kernels need the tensor cores of that generation");
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
-  const TileRow& row = *std::find_if(std::begin(kTiles), std::end(kTiles), [&](const TileRow& tile) { return m <= tile.max_m; });
-  // A step of K covers as many bytes whatever the elements: bits are an eighth of a byte.
-  const int32_t block_k = family == GemmFamily::kPlanes ? 8 * row.block_k : row.block_k;
-  int32_t split = 1;
-  if (row.split_k) {
-    const int64_t tiles = ((m + row.block_m - 1) / row.block_m) * ((n + row.block_n - 1) / row.block_n);
-    const int64_t steps = (k + block_k - 1) / block_k;
-    while (2 * split * tiles <= sm_count && 4 * split <= steps) split *= 2;  // a block keeps two steps of K or more
-  }
-  return {row.block_m, row.block_n, block_k, split, row.kernel, row.reason};
+  const bool skinny = m <= kSkinny.block_m && has_skinny(family);
+  const TileRow& row = skinny ? kSkinny : tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
+  // A step of the tiled kernels takes 64 bytes of a row: int8, bits or 16-bit floats. The skinny ones take slices of 128 columns.
+  const int32_t step = family == GemmFamily::kPlanes ? 512 : family == GemmFamily::kWeightOnly ? 32 : 64;
+  return {row.block_m, row.block_n, skinny ? 128 : step, 1, row.kernel, row.reason};
 }
 
 }  // namespace quest
