@@ -40,7 +40,7 @@ def train(args: list[str]) -> int:
     from quest.train.trainer import train as run
 
     result = run(parse(args))
-    return 0 if result.finished else 130
+    return 130 if result.interrupted else 0
 
 
 def evaluate(

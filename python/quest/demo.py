@@ -7,10 +7,7 @@ it goes on where it stopped when it is run again; finished, it packs and writes 
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -39,7 +36,7 @@ DIRECTORY = Path("demo")
 RUN, PACKED = DIRECTORY / "run", DIRECTORY / "packed"
 # Tokenizer, training and packing together take less than 8 minutes: a slow machine stops training here, at a higher
 # loss.
-TRAINING_SECONDS = 300
+TRAINING_MINUTES = 5.0
 VALIDATION_SEQUENCES = 64
 TOLERANCE = 1e-4  # nats per token that packing may move the loss
 
@@ -47,7 +44,7 @@ TOLERANCE = 1e-4  # nats per token that packing may move the loss
 def configuration() -> TrainConfig:
     """The run of an earlier start, to be resumed, or a new one: as large as this machine trains in minutes."""
     if (RUN / "config.toml").exists():
-        return replace(load(RUN / "config.toml"), resume="auto")
+        return replace(load(RUN / "config.toml"), resume="auto", max_minutes=TRAINING_MINUTES)
     small = TrainConfig(
         run_dir=RUN,
         model=ModelConfig("tiny"),
@@ -77,19 +74,8 @@ def main() -> int:
     """Trains, packs, compares and generates; 0 when the packed model is as good as the trained one."""
     print("── 1. Train a Llama with 4-bit weights and activations on Python's standard library", flush=True)
     config = configuration()
-    time_is_up = threading.Event()
-
-    def stop() -> None:
-        time_is_up.set()
-        os.kill(os.getpid(), signal.SIGTERM)  # the trainer saves a checkpoint and returns
-
-    timer = threading.Timer(TRAINING_SECONDS, stop)
-    timer.start()
-    try:
-        result = train(config)
-    finally:
-        timer.cancel()
-    if not result.finished and not time_is_up.is_set():
+    result = train(config)
+    if result.interrupted:
         print("interrupted; run it again to go on from here")
         return 130
 

@@ -48,11 +48,10 @@ def test_time_that_is_up_ends_training_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = demo.configuration
-    monkeypatch.setattr(demo, "configuration", lambda: replace(chosen(), steps=1_000_000))
-    monkeypatch.setattr(demo, "TRAINING_SECONDS", 4)
+    monkeypatch.setattr(demo, "configuration", lambda: replace(chosen(), steps=1_000_000, max_minutes=0.05))
     assert demo.main() == 0
     output = capsys.readouterr().out
-    assert "stopped by a signal at step" in output
+    assert "stopped by the time limit at step" in output
     assert "validation loss: " in output
 
 

@@ -26,7 +26,7 @@ from quest.train.checkpoint import CheckpointError, load_model, read_state, read
 from quest.train.config import ConfigError, TrainConfig, dump, from_dict, load
 from quest.train.metrics import MetricsLog, flops_per_token, read_records
 from quest.train.plot import plot_losses
-from quest.train.trainer import StopSignals, TrainingError, TrainResult, losses_of, train
+from quest.train.trainer import StopRequest, TrainingError, TrainResult, losses_of, train
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards box with jolly liquor"
 
@@ -329,17 +329,26 @@ def test_a_signal_saves_and_ends_the_run(number: signal.Signals, configured: Any
     sender.start()
     result = train(configured(steps=100_000, checkpoint={"every": 100_000}, evaluation={"every": 0}))
     sender.join()
+    assert result.interrupted
     assert not result.finished
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert read_state(checkpoint)["step"] == result.step == losses(tmp_path / "run")[-1][0]
     assert train(configured(steps=result.step + 1, resume="auto")).finished
 
 
+def test_a_time_limit_saves_and_ends_the_run(configured: Any, tmp_path: Path) -> None:
+    result = train(configured(steps=100_000, max_minutes=0.01, checkpoint={"every": 100_000}))
+    assert not result.finished
+    assert not result.interrupted
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert read_state(checkpoint)["step"] == result.step
+
+
 def test_a_second_interrupt_aborts() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with StopSignals() as stop:
+    with StopRequest(None) as stop:
         signal.raise_signal(signal.SIGINT)
-        assert stop.received
+        assert stop.made
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

@@ -285,6 +285,8 @@ class TrainConfig:
     """Optimizer steps; or give tokens."""
     tokens: int | None = None
     """Tokens to train on; the preset's when steps is left out too."""
+    max_minutes: float | None = None
+    """Stop after so long with a checkpoint, as a job's time limit asks for; left out, only the steps count."""
     seed: int = 0
     """Of the weights' initialisation and the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -299,6 +301,8 @@ class TrainConfig:
         for name in ("sequence_length", "batch_size", "micro_batch_size", "steps", "tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "1 or more", value)
+        if self.max_minutes is not None:
+            _require(self.max_minutes > 0, "max_minutes", "a positive number", self.max_minutes)
         if self.steps is not None and self.tokens is not None:
             raise ConfigError(f"tokens: expected only one of steps and tokens, got {self.steps} and {self.tokens}")
         if self.optim.name == "schedule_free" and self.schedule.name != "constant":

@@ -50,11 +50,13 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: after `step` steps, `finished` unless a signal stopped it, with its last losses in nats."""
+    """How a run ended: after `step` steps, with its last losses in nats. `finished`: it took all its steps;
+    `interrupted`: a signal stopped it, not its time limit."""
 
     run_dir: Path
     step: int
     finished: bool
+    interrupted: bool
     loss: float
     validation_loss: float | None
 
@@ -62,24 +64,31 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Trains a model as configured and leaves everything in `config.run_dir`.
 
-    SIGINT and SIGTERM save a checkpoint and end the run after the current step; a second SIGINT ends it at once.
+    SIGINT, SIGTERM and `config.max_minutes` save a checkpoint and end the run after the current step; a second SIGINT
+    ends it at once.
 
     Raises:
         ConfigError, DataError: what was asked for cannot be done; nothing was changed.
         CheckpointError: a checkpoint could not be read or written.
         TrainingError: the loss or the gradient is no longer finite.
     """
-    with join_world(config.device) as world, StopSignals() as stop:
+    with join_world(config.device) as world, StopRequest(config.max_minutes) as stop:
         return Trainer(config, world, stop).run()
 
 
-class StopSignals:
-    """Takes note of SIGINT and SIGTERM within its block; a second SIGINT is KeyboardInterrupt again."""
+class StopRequest:
+    """Whether to stop: SIGINT or SIGTERM came within its block (a second SIGINT is KeyboardInterrupt again), or the
+    time is up."""
 
-    def __init__(self) -> None:
-        self.received = False
+    def __init__(self, max_minutes: float | None) -> None:
+        self.signalled = False
+        self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
-    def __enter__(self) -> StopSignals:
+    @property
+    def made(self) -> bool:
+        return self.signalled or time.monotonic() > self.deadline
+
+    def __enter__(self) -> StopRequest:
         self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -88,7 +97,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.signalled = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -108,7 +117,7 @@ def losses_of(model: nn.Module, tokens_BS: Tensor, z_loss: float) -> tuple[Tenso
 class Trainer:
     """One run in one process: built from its configuration, resumed if asked, then `run`."""
 
-    def __init__(self, config: TrainConfig, world: World, stop: StopSignals) -> None:
+    def __init__(self, config: TrainConfig, world: World, stop: StopRequest) -> None:
         self.config, self.world, self.stop = config, world, stop
         self.micro_batches, micro_batch_size = config.micro_batches(world.size)
         resume_from = self._resume_path()
@@ -183,7 +192,8 @@ class Trainer:
                     if self.step % config.checkpoint.every == 0 or last:
                         self._save()
                     if stopped:
-                        report.say(f"stopped by a signal at step {self.step}; go on with --resume auto")
+                        reason = "a signal" if self.stop.signalled else "the time limit"
+                        report.say(f"stopped by {reason} at step {self.step}; go on with --resume auto")
                         break
             self.store.close()
         finally:
@@ -192,10 +202,10 @@ class Trainer:
                 log.close()
                 if math.isfinite(loss):
                     plot_losses([config.run_dir], config.run_dir / "loss.png")
-        return TrainResult(config.run_dir, self.step, self.step >= total, loss, validation_loss)
+        return TrainResult(config.run_dir, self.step, self.step >= total, self.stop.signalled, loss, validation_loss)
 
     def _train_step(self) -> dict[str, Any]:
-        """One optimizer step. Returns its loss, learning rate and gradient norm, and whether a signal came anywhere."""
+        """One optimizer step. Returns its loss, learning rate and gradient norm, and whether any process is to stop."""
         optim = self.config.optim
         factor = learning_rate_factor(self.config.schedule, self.step, self.config.total_steps)
         for group in self.optimizer.param_groups:
@@ -213,8 +223,8 @@ class Trainer:
                 total += loss.detach() / self.micro_batches
         norm = clip_gradient(self.model, optim.clip_norm)
         # One transfer for all that the processes must agree on: the mean loss, and whether to stop.
-        signal_received = torch.tensor(float(self.stop.received), device=self.world.device)
-        sums = self.world.sum(torch.stack([total, signal_received])) / self.world.size
+        stop_wanted = torch.tensor(float(self.stop.made), device=self.world.device)
+        sums = self.world.sum(torch.stack([total, stop_wanted])) / self.world.size
         mean_loss, stopped, gradient_norm = torch.cat([sums, norm.detach().reshape(1)]).tolist()
         self._require_finite(mean_loss, gradient_norm)
         self.optimizer.step()
