@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 BUILD := build/dev
 CXX_FILES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
+.DEFAULT_GOAL := demo
 .PHONY: demo test test-cpp test-python bench lint wheel clean
 
 # torch comes first and the build runs without isolation, so that it is fetched once.
@@ -27,7 +28,7 @@ $(BIN)/quest.stamp: $(BIN)/torch.stamp pyproject.toml CMakeLists.txt $(shell fin
 	@test -e /usr/include/gtest/gtest.h || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
 		|| { apt-get update -qq && apt-get install -y -qq libgtest-dev >/dev/null; }  # else CMake fetches it
 	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --quiet --no-build-isolation -C build-dir=$(BUILD) \
-		-C cmake.define.QUEST_CUDA=$(QUEST_CUDA) -C cmake.define.QUEST_BUILD_TESTS=ON -e ".[test]"
+		-C cmake.define.QUEST_CUDA=$(QUEST_CUDA) -C cmake.define.QUEST_BUILD_TESTS=ON -C cmake.define.QUEST_WERROR=ON -e ".[test]"
 	touch $@
 
 $(BIN)/lint.stamp: $(BIN)/torch.stamp

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Problem:
     m: int
     n: int
     k: int
-    backends: dict[str, Callable[[int], object]]
+    backends: Mapping[str, Callable[[int], object]]
     buffers: int
     operations: float
     bytes: float
@@ -192,10 +192,10 @@ def gemm_problem(
         tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3}[
             real
         ]  # half an ulp of the output type, and room for the scales
-        expect_close(f"gemm {weight} x {activation}", run(0)[:64, :256], rows @ columns.T, tolerance)
+        expect_close(f"gemm {weight} x {activation}", backends["quest"](0)[:64, :256], rows @ columns.T, tolerance)
 
     reference_name = "torch_fp32" if real is torch.float32 else "torch_bf16"
-    backends: dict[str, Callable[[int], object]] = {
+    backends: dict[str, Callable[[int], torch.Tensor]] = {
         "quest": linear if with_quantize else run,
         reference_name: lambda i: F.linear(xs[i], ws[i]),
     }

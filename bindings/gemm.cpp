@@ -173,6 +173,9 @@ Tensor linear(const Tensor& x, std::string a_quantizer, const Tensor& w, const T
   const Quantizer weight = parse_quantizer(w_quantizer);
   check_rank(op, "x", x, 1);
   check_same_device(op, "w", w, "x", x);
+  const bool sparse = weight.sparsity == Sparsity::kFourEight;
+  check(w_index.has_value() == sparse, op, ": expected w_index ", sparse ? "with" : "only with", " a 4:8 sparse weight, got w_quantizer ",
+        w_quantizer, sparse ? " without it" : " and an index");
   if (a_quantizer == "none") {
     const GemmOperands plan = plan_operands(weight.grid, nullptr, weight.sparsity);
     check(plan.family == GemmFamily::kWeightOnly, op, ": a weight of ", w_quantizer, " with real activations has no kernel; dequantize it");

@@ -11,12 +11,7 @@ namespace quest {
 namespace {
 
 PackTask pack_task(const char* op, Grid grid, Layout layout, const uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k) {
-  check_grid(grid);
-  check(rows >= 0 && k >= 0, op, ": expected a shape of sizes >= 0, got [", rows, ", ", k, "]");
-  check(layout == Layout::kPacked || layout == Layout::kPlanes, op, ": expected layout packed or planes, got ", to_string(layout),
-        "; codes and values are not packed");
-  check(layout != Layout::kPacked || grid.bits <= 4, op, ": expected at most 4 bits for layout packed, got grid ", to_string(grid),
-        "; use layout planes, or keep one code a byte");
+  check_packing(op, grid, layout, rows, k);
   PackTask task{};
   task.codes = const_cast<uint8_t*>(codes);  // each direction writes one of the two alone
   task.packed = const_cast<uint8_t*>(packed);
@@ -40,6 +35,20 @@ int64_t row_bytes(Layout layout, int64_t k) {
   return k;
 }
 
+void check_packing(const char* op, Grid grid, Layout layout, int64_t rows, int64_t k) {
+  check_grid(grid);
+  check(rows >= 0 && k >= 0, op, ": expected a shape of sizes >= 0, got [", rows, ", ", k, "]");
+  check(layout == Layout::kPacked || layout == Layout::kPlanes, op, ": expected layout packed or planes, got ", to_string(layout),
+        "; codes and values are not packed");
+  check(layout != Layout::kPacked || grid.bits <= 4, op, ": expected at most 4 bits for layout packed, got grid ", to_string(grid),
+        "; use layout planes, or keep one code a byte");
+}
+
+void throw_out_of_range(Grid grid, int32_t code, int64_t position, int64_t k) {
+  throw Error(concat("pack: expected codes from 0 to ", level_count(grid) - 1, " for grid ", to_string(grid), ", got ", code, " at row ",
+                     position / k, ", column ", position % k, "; quantize with this grid, or name the grid of the codes"));
+}
+
 void pack(Grid grid, Layout layout, const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t k, const ParallelFor& parallel_for) {
   const PackTask task = pack_task("pack", grid, layout, codes, packed, rows, k);
   if (rows == 0 || k == 0) return;
@@ -58,9 +67,7 @@ void pack(Grid grid, Layout layout, const uint8_t* codes, uint8_t* packed, int64
     }
   });
   const int64_t bad = first_bad;
-  if (bad == kNone) return;
-  throw Error(concat("pack: expected codes from 0 to ", levels - 1, " for grid ", to_string(grid), ", got ", static_cast<int>(codes[bad]),
-                     " at row ", bad / k, ", column ", bad % k, "; quantize with this grid, or name the grid of the codes"));
+  if (bad != kNone) throw_out_of_range(grid, codes[bad], bad, k);
 }
 
 void unpack(Grid grid, Layout layout, const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t k, const ParallelFor& parallel_for) {

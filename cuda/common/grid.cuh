@@ -70,7 +70,9 @@ struct GaussGrid {
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     for (int i = thread; i < count; i += blockDim.x * blockDim.y) {
       table[i] = levels[i];
-      table[kMaxLevels + i] = i + 1 < count ? __fmul_rn(0.5f, __fadd_rn(levels[i], levels[i + 1])) : 0.0f;
+      // The levels are symmetric but for rounding: 0 takes the level below it, as in the int grid.
+      const bool central = i + 1 == count / 2 || i + 1 == count;
+      table[kMaxLevels + i] = central ? 0.0f : __fmul_rn(0.5f, __fadd_rn(levels[i], levels[i + 1]));
     }
   }
   __device__ __forceinline__ float step(float scale) const { return scale; }

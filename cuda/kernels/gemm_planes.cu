@@ -7,8 +7,8 @@ namespace {
 
 ByteRows plane_rows(const char* op, const char* name, const Operand& operand, int64_t rows, int64_t k) {
   check_layout(op, name, operand, Layout::kPlanes, Layout::kPlanes);
-  check(operand.grid.kind == GridKind::kInt && operand.grid.bits <= 4, op, ": expected ", name, " of an int grid of 1 to 4 bits, got ",
-        to_string(operand.grid), "; use gemm_int8");
+  check(operand.grid.kind == GridKind::kInt && operand.grid.bits <= 4, op, ": expected int grids of 1 to 4 bits, got ",
+        to_string(operand.grid), "; use gemm_int4 or gemm_int8");
   check_aligned(op, name, operand.data);
   ByteRows result = plain_rows(operand.data, rows, plane_row_bytes(k));
   result.plane_bytes = rows * result.row_bytes;

@@ -87,9 +87,7 @@ __global__ __launch_bounds__(kThreads) void hadamard_kernel(const void* x, void*
 
 void hadamard(const void* x, void* y, DType dtype, int64_t rows, int64_t k, int64_t block, cudaStream_t stream) {
   const char* op = "hadamard";
-  check(block >= 1 && block <= kMaxHadamardBlock && (block & (block - 1)) == 0, op, ": expected block to be a power of two from 1 to ",
-        kMaxHadamardBlock, ", got ", block);
-  check(k % block == 0, op, ": expected block to divide k = ", k, ", got ", block, "; the largest power of two that does is ", k & -k);
+  check_block(k, block);
   const int64_t count = rows * k;
   if (count == 0) return;
   current_device(op);

@@ -1,4 +1,7 @@
 // pack and unpack: codes, one a byte, to the canonical storage of packing.h and back. A thread moves one chunk of 8 codes.
+#include <algorithm>
+#include <vector>
+
 #include "common/check.h"
 #include "common/rows.cuh"
 #include "quest/cuda/packing.h"
@@ -59,10 +62,7 @@ __global__ __launch_bounds__(kRowsThreads) void unpack_kernel(const __grid_const
 }
 
 Problem make_problem(const char* op, Grid grid, Layout layout, const uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k) {
-  check_grid(grid);
-  check(layout == Layout::kPacked || layout == Layout::kPlanes, op, ": expected layout packed or planes, got ", to_string(layout));
-  check(layout != Layout::kPacked || grid.bits <= 4, op, ": expected at most 4 bits for layout packed, got ", to_string(grid),
-        "; use layout planes or codes");
+  check_packing(op, grid, layout, rows, k);
   check_aligned(op, "packed", packed);
   return {layout, grid.bits, rows, k, warps_of_row(k), row_bytes(layout, k), is_aligned(codes, 8) && k % 8 == 0};
 }
@@ -82,8 +82,13 @@ void pack(Grid grid, Layout layout, const uint8_t* codes, uint8_t* packed, int64
   launch(op, largest_code_kernel, dim3(4 * device.sm_count), dim3(kRowsThreads), 0, stream, codes, rows * k, largest);
   check_cuda(op, cudaMemcpyAsync(&found, largest, sizeof(found), cudaMemcpyDeviceToHost, stream));
   check_cuda(op, cudaStreamSynchronize(stream));
-  check(found < static_cast<uint32_t>(level_count(grid)), op, ": expected codes below ", level_count(grid), " for grid ", to_string(grid),
-        ", got ", found, "; choose the grid that the codes were made with");
+  if (found >= static_cast<uint32_t>(level_count(grid))) {  // the error names the first such code, so it is looked up here
+    std::vector<uint8_t> host(static_cast<size_t>(rows * k));
+    check_cuda(op, cudaMemcpyAsync(host.data(), codes, host.size(), cudaMemcpyDeviceToHost, stream));
+    check_cuda(op, cudaStreamSynchronize(stream));
+    const auto bad = std::find_if(host.begin(), host.end(), [&](uint8_t code) { return code >= level_count(grid); });
+    throw_out_of_range(grid, *bad, bad - host.begin(), k);
+  }
 
   launch(op, pack_kernel, grid_of(op, blocks_of_rows(rows, k)), dim3(kRowsThreads), 0, stream, problem, codes, packed);
 }

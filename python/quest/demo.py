@@ -55,6 +55,7 @@ def configuration() -> TrainConfig:
         sequence_length=256,
         batch_size=8,
         steps=700,  # four minutes on two CPU cores
+        max_minutes=TRAINING_MINUTES,
         resume="auto",
     )
     if not torch.cuda.is_available():

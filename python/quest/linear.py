@@ -138,6 +138,28 @@ def _check_features(in_features: int, *quantizers: Quantizer | None) -> None:
             )
 
 
+def _check_input(layer: str, input: Tensor, in_features: int) -> None:
+    if input.shape[-1] != in_features:
+        raise ValueError(
+            f"{layer}: input: expected a last dimension of {in_features} features, got shape {tuple(input.shape)}"
+        )
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """y, which depends on x without a gradient: backward is an error, where silence would train on a wrong one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "PackedLinear: expected no backward pass: packed layers are for inference; train the QuestLinear model and "
+            "convert it afterwards"
+        )
+
+
 def _describe(weight: Quantizer | None, activation: Quantizer | None) -> str:
     return f"weight={weight or 'none'}, activation={activation or 'none'}"
 
@@ -194,6 +216,7 @@ class QuestLinear(nn.Linear):
         return ops.quantize(self.weight.detach(), self.plan.w, self.plan.w_layout, mask=mask)
 
     def forward(self, input: Tensor) -> Tensor:
+        _check_input("QuestLinear", input, self.in_features)
         x = input.reshape(-1, self.in_features)
         w_codes: Codes | tuple[()] = ()
         if self.plan.w is not None:
@@ -296,6 +319,13 @@ class PackedLinear(nn.Module):
         return packed.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        _check_input("PackedLinear", input, self.in_features)
+        y = self._forward(input.detach())
+        if torch.is_grad_enabled() and input.requires_grad:
+            return cast(Tensor, _InferenceOnly.apply(input, y))  # type: ignore[no-untyped-call]
+        return y
+
+    def _forward(self, input: Tensor) -> Tensor:
         dtype = _compute_dtype(input)
         plan = self.plan
         if plan.packed_op and plan.w:

@@ -41,7 +41,7 @@ TEST_F(Packing, ReportsACodeThatDoesNotFit) {
   const OnDevice<uint8_t> in(codes), packed(3 * packed_row_bytes(50));
   const Grid ternary{GridKind::kTernary, 2};
   EXPECT_CONTAINS(error_text([&] { cuda::pack(ternary, Layout::kPacked, in.data(), packed.data(), 3, 50, nullptr); }),
-                  "pack: expected codes below 3 for grid ternary, got 3");
+                  "pack: expected codes from 0 to 2 for grid ternary, got 3 at row 1, column 27");
   EXPECT_CONTAINS(error_text([&] { cuda::pack({GridKind::kInt, 8}, Layout::kPacked, in.data(), packed.data(), 3, 50, nullptr); }),
                   "at most 4 bits");
   EXPECT_CONTAINS(error_text([&] { cuda::pack(ternary, Layout::kPacked, in.data(), packed.data() + 1, 3, 50, nullptr); }),

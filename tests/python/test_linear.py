@@ -12,7 +12,7 @@ from conftest import SavedTensors, steady_normal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from quest import PackedLinear, Quantizer, QuestLinear, frozen_weights, reference
+from quest import PackedLinear, Quantizer, QuestLinear, convert, frozen_weights, reference
 
 IN, OUT = 96, 40
 SPARSE = "int4-hadamard-4:8-trust"
@@ -329,3 +329,21 @@ def test_errors() -> None:
         PackedLinear.from_linear(QuestLinear(IN, OUT, weight_quantizer=None))
     with pytest.raises(ValueError, match=r"expected x of dtype .* got Double"):
         QuestLinear(IN, OUT)(torch.randn(2, IN, dtype=torch.float64))
+
+
+def test_packed_layers_refuse_a_backward_pass(device: str) -> None:
+    """Beside a residual connection a missing gradient would not be noticed."""
+    layer = convert(QuestLinear(IN, IN, device=device))
+    x = torch.randn(4, IN, device=device, requires_grad=True)
+    y = x + layer(x)
+    with pytest.raises(RuntimeError, match="PackedLinear: expected no backward pass"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_inputs_of_another_width_are_refused(device: str, pack: bool) -> None:
+    layer: torch.nn.Module = QuestLinear(IN, IN, device=device)
+    if pack:
+        layer = convert(layer)
+    with pytest.raises(ValueError, match=f"expected a last dimension of {IN} features, got shape"):
+        layer(torch.zeros(IN, IN // 2, device=device))

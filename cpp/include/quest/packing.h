@@ -22,6 +22,10 @@ constexpr int64_t index_row_bytes(int64_t k) { return round_up((k + 15) / 16, kR
 // Bytes of one row (kPlanes: of one row of one plane) of k stored integers.
 int64_t row_bytes(Layout layout, int64_t k);
 
+// What both backends check of pack and unpack, in the name of `op`; and the error for codes[position] that is none of the grid's.
+void check_packing(const char* op, Grid grid, Layout layout, int64_t rows, int64_t k);
+[[noreturn]] void throw_out_of_range(Grid grid, int32_t code, int64_t position, int64_t k);
+
 // codes: uint8 [rows, k]; packed: kPacked or kPlanes (`bits` planes). Throws if a code does not fit the grid. Inverse of each other.
 void pack(Grid grid, Layout layout, const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t k, const ParallelFor& parallel_for);
 void unpack(Grid grid, Layout layout, const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t k, const ParallelFor& parallel_for);

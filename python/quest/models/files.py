@@ -34,7 +34,12 @@ def new_directory(target: str | Path) -> Iterator[Path]:
             file.chmod(new.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
         if target.exists():
             target.rename(old)
-        new.rename(target)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
     finally:
         shutil.rmtree(work)
 

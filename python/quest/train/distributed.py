@@ -1,6 +1,6 @@
 """Which of how many processes this is, and the few things that they do together.
 
-`torchrun --nproc-per-node 8 -m quest.cli train …` starts one process for each GPU. Every one holds the whole model and
+`torchrun --nproc-per-node 8 -m quest train …` starts one process for each GPU. Every one holds the whole model and
 reads its own share of the data; gradients are averaged by DistributedDataParallel. A plain start is a world of one.
 """
 

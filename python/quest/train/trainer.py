@@ -331,7 +331,10 @@ class Trainer:
 
         self.model.load_state_dict(part("model"))
         load_optimizer_state(self.model, self.optimizer, part("optimizer"), state["optimizer"]["groups"])
-        self.average.average = {name: value.to(self.world.device) for name, value in part("average").items()}
+        average = part("average")  # in the order of the parameters, with which `update` pairs it
+        self.average.average = {
+            name: average[name].to(self.world.device) for name in self.average.parameters if name in average
+        }
         self.average.count = state["average"]["count"]
         self.data.train.load_state_dict(state["data"])
         torch.set_rng_state(tensors["random/cpu"])

@@ -179,7 +179,7 @@ def _caches(
                     _tokenize(corpus, tokenizer, lambda text: writers[part_of(text)], f"tokenizing {_slug(sources)}")
             except OSError as error:
                 raise DataError(f"tokenizing {', '.join(sources)} into {_cache_dir(config)}: {error}") from error
-        return [TokenCache.open(paths[name], made_from[name]) for name in parts]
+    return [TokenCache.open(paths[name], made_from[name]) for name in parts]  # unlocked: each process checks its bytes
 
 
 def _tokenize(corpus: Corpus, tokenizer: Tokenizer, writer_of: Callable[[str], TokenCacheWriter], title: str) -> None:
