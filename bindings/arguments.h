@@ -27,10 +27,10 @@ inline std::string to_text(const Shape& shape) {
 
 inline Shape shape_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
-// Leading dimensions of a tensor without its last `trailing` ones, and their product: the number of rows.
-inline Shape lead_shape(const Tensor& tensor, int64_t trailing = 1) {
+// The dimensions before the last; their product is the number of rows.
+inline Shape lead_shape(const Tensor& tensor) {
   Shape shape = shape_of(tensor);
-  shape.resize(shape.size() - static_cast<size_t>(trailing));
+  shape.pop_back();
   return shape;
 }
 
@@ -88,10 +88,5 @@ inline Tensor readable(const Tensor& tensor) {
 }
 
 inline Tensor empty_on(const Tensor& like, const Shape& shape, ScalarType type) { return torch::stable::new_empty(like, shape, type); }
-
-template <typename T>
-const T* data_of(const std::optional<Tensor>& tensor) {
-  return tensor && tensor->numel() > 0 ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
 
 }  // namespace quest::bindings

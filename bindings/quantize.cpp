@@ -63,7 +63,8 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, std::optional<Tensor
   Tensor output = empty_on(codes, with_last(lead, k), dtype);
   const Execution execution(codes);
   backend::dequantize(quantizer, layout, input.const_data_ptr(), static_cast<const float*>(scales.const_data_ptr()),
-                      needs_index ? data_of<uint8_t>(index) : nullptr, output.mutable_data_ptr(), out, product(lead), k, execution);
+                      needs_index ? static_cast<const uint8_t*>(index->const_data_ptr()) : nullptr, output.mutable_data_ptr(), out,
+                      product(lead), k, execution);
   return output;
 }
 

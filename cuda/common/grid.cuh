@@ -1,9 +1,12 @@
 // The grids as kernel parameters: small structs, passed by value, that turn x/s into codes and codes into levels. quest/grid.h has the
 // formulas.
 //
-//   void prepare(float* table)                 copies the tables that need it to shared memory (kTableFloats floats); the caller
-//   synchronises float step(s)                              what x is divided by uint32_t code(x_over_step, table) float level(code, table)
-//   x-hat/s uint32_t stored(code)                      the byte that layout kValues holds
+// Every grid has the same five functions:
+//   prepare(table)            copies the tables that need it to shared memory (kTableFloats floats); the caller synchronises
+//   step(s)                   what x is divided by
+//   code(x_over_step, table)  the code
+//   level(code, table)        x-hat/s
+//   stored(code)              the byte that layout kValues holds
 #pragma once
 
 #include <cstdint>

@@ -4,8 +4,8 @@
 // Each operand has v = mul u + add (quest/gemm.h). How u is made of what is stored:
 //   kValues            u as stored (mul = 1, add = 0; the 8-bit grids mul u + add = v)
 //   kCodes             the u of kValues, by bytewise arithmetic or, for fp4, by table
-//   kPacked            u = c; but where fp4 is involved v by table for both operands, because the sum of an fp4 row is not known from its
-//   code_sum kPacked, sparse    v by table, 0 where pruned
+//   kPacked            u = c; where fp4 is involved, v by table for both operands, because code_sum does not give the sum of an fp4 row
+//   kPacked, sparse    v by table, 0 where pruned
 #pragma once
 
 #include <cstdint>

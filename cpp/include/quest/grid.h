@@ -54,10 +54,9 @@ Affine affine(Grid grid, Layout layout);
 struct QuantizeParams {
   float scale_factor;   // s = scale_factor * sigma + scale_epsilon
   float scale_epsilon;  // int grid: 1e-8/(n-1); else 0
-  float mask_factor;  // default int trust: n (compare |x_h| <= n s); clip: k * top (compare |x_h| <= mask_factor sigma); trust: T (|x-hat -
-                      // x_h| <= T sigma)
-  int32_t mask_kind;  // MaskKind
-  int32_t levels;     // level_count
+  float mask_factor;    // what MaskKind compares with: n for the default int trust, k * top for clip, T for trust
+  int32_t mask_kind;    // MaskKind
+  int32_t levels;       // level_count
 };
 enum MaskKind : int32_t {
   kMaskAll = 0,        // ste
