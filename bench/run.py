@@ -118,9 +118,11 @@ def quantize_problems(device: str) -> Iterator[Problem]:
 
         def check(xs: list[torch.Tensor] = xs) -> None:
             x = xs[0][:64]
-            codes = torch.ops.quest.quantize(x, "int4-hadamard-trust", "codes")[0]
-            expected = reference.quantize(x.double(), quest.Quantizer.parse("int4-hadamard-trust")).codes
-            expect_equal("quantize", codes, expected.to(codes.dtype), 1e-3)
+            packed, scale, *_ = torch.ops.quest.quantize(x, "int4-hadamard-trust", "packed")
+            codes = torch.ops.quest.unpack(packed, "int4", "packed", x.shape[-1])
+            expected = reference.quantize(x.double(), quest.Quantizer.parse("int4-hadamard-trust"))
+            expect_equal("quantize codes", codes, expected.codes.to(codes.dtype), 1e-3)
+            expect_close("quantize scale", scale, expected.scale.reshape(scale.shape), 1e-6)
 
         compiled = torch.compile(eager_quantize)
         backends: dict[str, Callable[[int], object]] = {
