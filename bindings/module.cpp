@@ -118,6 +118,7 @@ py::dict plan_tile(const std::string& family, int64_t m, int64_t n, int64_t k, i
   const quest::GemmTile tile = quest::plan_tile(parse_family(family), m, n, k, compute_capability, sm_count);
   py::dict result;
   result["kernel"] = tile.kernel;
+  result["wgmma"] = tile.wgmma;
   result["block_m"] = tile.block_m;
   result["block_n"] = tile.block_n;
   result["block_k"] = tile.block_k;

@@ -28,6 +28,18 @@ constexpr TileRow kSkinny = {16, 32, "skinny",
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
+constexpr TileRow kWgmma256 = {256, 128, "wgmma_m256n128", "bound by arithmetic: the most products for each byte copied"};
+constexpr TileRow kWgmma128 = {128, 128, "wgmma_m128n128", "tiles of 256 rows would leave more of the last wave of thread blocks idle"};
+constexpr TileRow kWgmma64 = {64, 128, "wgmma_m64n128",
+                              "few rows: bound by the bytes of w, which are read once; thread blocks of a cluster share K"};
+constexpr TileRow kWgmma16 = {16, 128, "wgmma_m16n128",
+                              "at most 16 rows: bound by the bytes of w, which are read once; thread blocks of a cluster share K"};
+// Time of a tile of 128 rows, in that of one of 256: it copies more bytes for each product and hides less latency (measured on an H100).
+constexpr double kWgmma128Time = 0.7;
+constexpr int32_t kMaxSplit = 8;         // thread blocks of a cluster that every GPU can place
+constexpr int32_t kMinStages = 4;        // stages a thread block takes at least, so that sums of few stages are not split further
+constexpr int32_t kSplitBlocksOfSm = 2;  // thread blocks that a multiprocessor holds of the split kernels
+
 // Families with a kernel for few rows; the others use the small tile.
 bool has_skinny(GemmFamily family) {
   return family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kWeightOnly;
@@ -35,6 +47,33 @@ bool has_skinny(GemmFamily family) {
 
 int64_t tiles(const TileRow& row, int64_t m, int64_t n) {
   return ((m + row.block_m - 1) / row.block_m) * ((n + row.block_n - 1) / row.block_n);
+}
+
+// Stored elements of a in 64 bytes: int8, bits or 16-bit floats.
+int32_t elements_of_64_bytes(GemmFamily family) {
+  return family == GemmFamily::kPlanes ? 512 : family == GemmFamily::kWeightOnly ? 32 : 64;
+}
+
+int64_t waves(int64_t tiles, int64_t at_once) { return (tiles + at_once - 1) / at_once; }
+
+GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+  const int32_t block_k = 2 * elements_of_64_bytes(family);
+  auto tile = [&](const TileRow& row, int32_t split) {
+    return GemmTile{row.kernel, true, row.block_m, row.block_n, block_k, split, row.reason};
+  };
+  const bool few_tiles = m <= 2 * kWgmma64.block_m && 2 * tiles(kWgmma128, m, n) <= sm_count;
+  if (m <= kWgmma64.block_m || few_tiles) {
+    const TileRow& row = m <= kWgmma16.block_m ? kWgmma16 : kWgmma64;
+    const int64_t stages = (k + block_k - 1) / block_k;
+    int32_t split = 1;
+    while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages && 2 * split * tiles(row, m, n) <= kSplitBlocksOfSm * sm_count) {
+      split *= 2;
+    }
+    return tile(row, split);
+  }
+  const double time_256 = static_cast<double>(waves(tiles(kWgmma256, m, n), sm_count));
+  const double time_128 = kWgmma128Time * static_cast<double>(waves(tiles(kWgmma128, m, n), sm_count));
+  return tile(time_128 < time_256 ? kWgmma128 : kWgmma256, 1);
 }
 
 }  // namespace
@@ -84,11 +123,16 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   check(compute_capability >= 80, "plan_tile: expected compute capability 80 or higher, got ", compute_capability,
         "; the kernels need the tensor cores of that generation");
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
+  const bool has_wgmma = family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes;
+  // 9.0 alone: later GPUs have other asynchronous tensor cores.
+  return compute_capability == 90 && has_wgmma ? plan_wgmma(family, m, n, k, sm_count) : plan_mma_sync(family, m, n, sm_count);
+}
+
+GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {
   const bool skinny = m <= kSkinny.block_m && has_skinny(family);
   const TileRow& row = skinny ? kSkinny : tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
-  // A step of the tiled kernels takes 64 bytes of a row: int8, bits or 16-bit floats. The skinny ones take slices of 128 columns.
-  const int32_t step = family == GemmFamily::kPlanes ? 512 : family == GemmFamily::kWeightOnly ? 32 : 64;
-  return {row.block_m, row.block_n, skinny ? 128 : step, 1, row.kernel, row.reason};
+  // The skinny kernels take slices of 128 columns, the others 64 bytes of a row.
+  return {row.kernel, false, row.block_m, row.block_n, skinny ? 128 : elements_of_64_bytes(family), 1, row.reason};
 }
 
 }  // namespace quest

@@ -43,9 +43,10 @@ inline dim3 grid_of(const char* op, int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
+// cluster: thread blocks of a cluster along x; 1: none.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            const Arguments&... arguments) {
+void launch_clusters(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, int cluster, size_t shared_bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
   constexpr size_t kSharedWithoutOptIn = 48 * 1024;
   if (shared_bytes > kSharedWithoutOptIn) {
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -56,7 +57,21 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  if (cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
   check_cuda(op, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  launch_clusters(op, kernel, grid, block, 1, shared_bytes, stream, arguments...);
 }
 
 }  // namespace quest::cuda

@@ -31,9 +31,11 @@ struct Correction {
   bool sums_values;   // V comes from the kernel
 
   __device__ __forceinline__ uint32_t row(int64_t r, int32_t value_sum) const {
-    if (weight == 0) return 0;
-    return weight * (sums_values ? static_cast<uint32_t>(value_sum) : mul * static_cast<uint32_t>(code_sum[r]) + add);
+    return sums_values ? weight * static_cast<uint32_t>(value_sum) : of_codes(load(r));
   }
+  // The same in two steps, where the kernel does not sum: what is loaded, and what it becomes.
+  __device__ __forceinline__ int32_t load(int64_t r) const { return weight == 0 ? 0 : code_sum[r]; }
+  __device__ __forceinline__ uint32_t of_codes(int32_t sum) const { return weight * (mul * static_cast<uint32_t>(sum) + add); }
 };
 
 struct IntegerEpilogue {
@@ -43,6 +45,7 @@ struct IntegerEpilogue {
   uint32_t mul, constant;
   Correction a, w;
 
+  bool sums_values() const { return a.sums_values || w.sums_values; }
   // Per row and per column parts; sums are those of the kernel where sums_values is set.
   __device__ __forceinline__ uint32_t row_part(int64_t row, int32_t value_sum) const { return a.row(row, value_sum) + constant; }
   __device__ __forceinline__ uint32_t column_part(int64_t column, int32_t value_sum) const { return w.row(column, value_sum); }
@@ -66,9 +69,18 @@ struct RealEpilogue {
   __device__ __forceinline__ float product(float accumulator, uint32_t, uint32_t) const { return accumulator; }
 };
 
-// y = product * (row scale * column scale) + bias, rounded step by step as on the CPU.
+// The three roundings of quest/gemm.h.
 __device__ __forceinline__ float scaled(float product, float row_scale, float column_scale, float bias) {
-  return __fadd_rn(__fmul_rn(product, __fmul_rn(row_scale, column_scale)), bias);
+  return __fmaf_rn(__fmul_rn(product, row_scale), column_scale, bias);
+}
+
+__device__ __forceinline__ void store_value(const Output& output, int64_t row, int64_t column, float y) {
+  const int64_t index = row * output.n + column;
+  switch (output.dtype) {
+    case DType::kFloat32: static_cast<float*>(output.y)[index] = y; break;
+    case DType::kBFloat16: static_cast<uint16_t*>(output.y)[index] = static_cast<uint16_t>(pack_bfloat16(y, 0.0f)); break;
+    case DType::kFloat16: static_cast<uint16_t*>(output.y)[index] = static_cast<uint16_t>(pack_float16(y, 0.0f)); break;
+  }
 }
 
 // One element of y.
@@ -78,13 +90,7 @@ __device__ __forceinline__ void store_element(const Epilogue& epilogue, int64_t 
   const Output& output = epilogue.output;
   const float product = epilogue.product(accumulator, epilogue.row_part(row, a_sum), epilogue.column_part(column, w_sum));
   const float bias = output.bias != nullptr ? output.bias[column] : 0.0f;
-  const float y = scaled(product, epilogue.row_scale(row), epilogue.column_scale(column), bias);
-  const int64_t index = row * output.n + column;
-  switch (output.dtype) {
-    case DType::kFloat32: static_cast<float*>(output.y)[index] = y; break;
-    case DType::kBFloat16: static_cast<uint16_t*>(output.y)[index] = static_cast<uint16_t>(pack_bfloat16(y, 0.0f)); break;
-    case DType::kFloat16: static_cast<uint16_t*>(output.y)[index] = static_cast<uint16_t>(pack_float16(y, 0.0f)); break;
-  }
+  store_value(output, row, column, scaled(product, epilogue.row_scale(row), epilogue.column_scale(column), bias));
 }
 
 // ---- host
@@ -113,11 +119,9 @@ inline Output make_output(void* y, DType dtype, const float* bias, int64_t m, in
   return {y, dtype, bias, m, n, is_aligned(y, 16) && n * element_size(dtype) % 16 == 0};
 }
 
-// a_as_values, w_as_values: the kernel looks the values of packed codes up.
-inline IntegerEpilogue integer_epilogue(const Operand& a, const Operand& w, bool a_as_values, bool w_as_values, const float* bias, void* y,
+// a_map, w_map: v = mul u + add for the integers u that the kernel multiplies.
+inline IntegerEpilogue integer_epilogue(const Operand& a, const Operand& w, Affine a_map, Affine w_map, const float* bias, void* y,
                                         DType dtype, int64_t m, int64_t n, int64_t k) {
-  const Affine a_map = operand_affine(a, a_as_values);
-  const Affine w_map = operand_affine(w, w_as_values);
   IntegerEpilogue result{};
   result.output = make_output(y, dtype, bias, m, n);
   result.a_scale = a.scale;

@@ -14,6 +14,7 @@
 
 #include "common/epilogue.cuh"
 #include "common/ptx.cuh"
+#include "common/steps.cuh"
 #include "quest/plan.h"
 
 namespace quest::cuda {
@@ -39,38 +40,6 @@ using SmallTile = Tile<64, 64>;    // four times the thread blocks, where the la
 
 // Address of 16-byte piece `piece` (0 ... 3) of a tile row.
 __device__ __forceinline__ int tile_offset(int row, int piece) { return row * kTileRowBytes + ((piece ^ (row >> 1 & 3)) * 16); }
-
-// The order of the main loop's steps.
-struct Steps {
-  int k_tiles;
-  int a_planes, w_planes;
-
-  __device__ __forceinline__ int count() const { return k_tiles * a_planes * w_planes; }
-};
-
-class StepCursor {
- public:
-  __device__ __forceinline__ explicit StepCursor(const Steps& steps)
-      : a_plane(steps.a_planes - 1), w_plane(steps.w_planes - 1), steps_(steps) {}
-
-  // True when the new step exists and belongs to the next lower a_plane + w_plane.
-  __device__ __forceinline__ bool advance() {
-    if (++k_tile < steps_.k_tiles) return false;
-    k_tile = 0;
-    ++a_plane;
-    --w_plane;
-    if (a_plane < steps_.a_planes && w_plane >= 0) return false;
-    const int sum = a_plane + w_plane - 1;
-    a_plane = sum < steps_.w_planes ? 0 : sum - (steps_.w_planes - 1);
-    w_plane = sum - a_plane;
-    return sum >= 0;
-  }
-
-  int k_tile = 0, a_plane, w_plane;
-
- private:
-  Steps steps_;
-};
 
 // A loader fills a tile of ROWS rows: fetch(plane, k_tile, target) starts, commit(target) finishes.
 

@@ -49,10 +49,19 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8 and gets bytes 4 (l % 4) ... of row l / 4 of each.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], const void* shared) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(shared_address(shared)));
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], const void* shared) { ldmatrix_x4(words, shared_address(shared)); }
+
+__device__ __forceinline__ uint32_t load_shared_16(uint32_t address) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+  return value;
 }
 
 // ---- d[16, 8] += a[16, K] b[8, K]^T for rows of 32 bytes, whatever their elements. All four kinds have the same fragments: with g = lane

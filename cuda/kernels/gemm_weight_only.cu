@@ -270,7 +270,7 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
            is_aligned(x, 16) && k % 8 == 0, w_rows, epilogue);
     return;
   }
-  const GemmTile tile = plan_tile(GemmFamily::kWeightOnly, m, n, k, device.compute_capability, device.sm_count);
+  const GemmTile tile = plan_mma_sync(GemmFamily::kWeightOnly, m, n, device.sm_count);
   const ByteRows x_rows = plain_rows(x, m, k * element_size(dtype));
   const bool bfloat16 = dtype == DType::kBFloat16;
   if (tile.block_m == kSkinnyM) {

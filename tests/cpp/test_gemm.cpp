@@ -75,7 +75,7 @@ std::vector<float> multiply(Gemm gemm, const Matrix& a, const Matrix& w, const f
   return y;
 }
 
-// The sum in int64, then the epilogue as documented: one rounding to float32, one product of the scales, one with it, one addition.
+// The sum in int64, then the epilogue as documented: rounded to float32, times the row's scale, then one fused multiply-add.
 std::vector<float> multiply_ref(const Matrix& a, const Matrix& w, const float* bias) {
   std::vector<float> y(a.rows * w.rows);
   for (int64_t m = 0; m < a.rows; ++m) {
@@ -83,8 +83,7 @@ std::vector<float> multiply_ref(const Matrix& a, const Matrix& w, const float* b
       int64_t sum = 0;
       for (int64_t k = 0; k < a.k; ++k) sum += static_cast<int64_t>(a.values[m * a.k + k]) * w.values[n * a.k + k];
       EXPECT_EQ(sum, static_cast<int32_t>(sum));
-      const float scaled = a.scale[m] * w.scale[n] * static_cast<float>(sum);
-      y[m * w.rows + n] = bias ? scaled + bias[n] : scaled;
+      y[m * w.rows + n] = std::fma(static_cast<float>(sum) * a.scale[m], w.scale[n], bias ? bias[n] : 0.0f);
     }
   }
   return y;

@@ -49,6 +49,35 @@ TEST(Plan, EveryRowHasATileAndAReason) {
   }
 }
 
+TEST(Plan, HopperTilesByRows) {
+  auto plan = [](int64_t m, int64_t n, int64_t k) { return plan_tile(GemmFamily::kInt4, m, n, k, 90, 132); };
+  EXPECT_EQ(plan(16384, 12288, 4096).block_m, 256);
+  EXPECT_EQ(plan(1024, 4096, 4096).block_m, 256);  // 128 tiles on 132 multiprocessors
+  EXPECT_EQ(plan(512, 4096, 4096).block_m, 128);   // 64 tiles of 256 rows would leave half of them idle
+  EXPECT_EQ(plan(64, 4096, 4096).block_m, 64);
+  EXPECT_EQ(plan(128, 4096, 4096).block_m, 64);
+  EXPECT_EQ(plan(16, 4096, 4096).block_m, 16);
+  EXPECT_EQ(plan(17, 4096, 4096).block_m, 64);
+  // Split K until two thread blocks a multiprocessor are busy, each with at least 4 stages of 128 columns.
+  EXPECT_EQ(plan(16, 4096, 4096).split_k, 8);
+  EXPECT_EQ(plan(16, 12288, 4096).split_k, 2);
+  EXPECT_EQ(plan(16, 22016, 4096).split_k, 1);
+  EXPECT_EQ(plan(16, 4096, 1024).split_k, 2);
+  EXPECT_EQ(plan(1, 1, 16).split_k, 1);
+  EXPECT_EQ(plan(4096, 4096, 4096).split_k, 1);
+  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 16, 4096, 4096, 90, 132).split_k, 1);  // 4 stages of 1024 bits
+}
+
+TEST(Plan, WgmmaOnHopperAlone) {
+  for (const GemmFamily family : {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes}) {
+    for (const int64_t m : {1, 64, 4096}) {
+      EXPECT_TRUE(plan_tile(family, m, 4096, 4096, 90, 132).wgmma);
+      for (const int32_t capability : {80, 86, 89, 100, 120}) EXPECT_FALSE(plan_tile(family, m, 4096, 4096, capability, 132).wgmma);
+    }
+  }
+  EXPECT_FALSE(plan_tile(GemmFamily::kWeightOnly, 16, 4096, 4096, 90, 132).wgmma);
+}
+
 TEST(Plan, Errors) {
   EXPECT_CONTAINS(error_text([] { plan_tile(GemmFamily::kInt8, 1, 1, 1, 75, 40); }), "compute capability 80 or higher, got 75");
   EXPECT_CONTAINS(error_text([] { plan_tile(GemmFamily::kInt8, -1, 1, 1, 90, 132); }), "m, n, k >= 0");

@@ -253,6 +253,57 @@ TEST_F(Gemm, EveryOutputType) {
   }
 }
 
+// Rows that the copy engine can read, so that GPUs that have one use it: every tile of the plan, whole and cut off in each direction, one
+// tile a thread block and many, K of one stage, of fewer stages than the ring has and of several rounds.
+TEST_F(Gemm, TensorCopiesOfEveryTile) {
+  Random random(30);
+  const Grid int4{GridKind::kInt, 4}, int7{GridKind::kInt, 7}, int8{GridKind::kInt, 8}, fp4{GridKind::kFp4, 4},
+      ternary{GridKind::kTernary, 2};
+  const std::vector<Shape> shapes = {{1, 1, 16},        {3, 300, 4096},   {16, 129, 2064},  {17, 640, 1040},
+                                     {64, 1000, 32768}, {100, 4000, 512}, {128, 128, 128},  {200, 257, 80},
+                                     {300, 520, 3088},  {700, 3000, 144}, {2600, 4100, 208}};
+  for (const Shape& s : shapes) {
+    const Matrix values4(random, int4, Layout::kValues, s.m, s.k), values8(random, int8, Layout::kValues, s.m, s.k),
+        values_fp4(random, fp4, Layout::kValues, s.m, s.k);
+    const Matrix packed4(random, int4, Layout::kPacked, s.n, s.k), packed_fp4(random, fp4, Layout::kPacked, s.n, s.k),
+        packed_ternary(random, ternary, Layout::kPacked, s.n, s.k);
+    const Matrix codes7(random, int7, Layout::kCodes, s.n, s.k), codes8(random, int8, Layout::kCodes, s.n, s.k),
+        own4(random, int4, Layout::kValues, s.n, s.k);
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+      check_product(kInt4, values4, packed4, s.m, s.n, s.k, dtype);
+    check_product(kInt4, values8, packed4, s.m, s.n, s.k, DType::kBFloat16);
+    check_product(kInt4, values_fp4, packed_fp4, s.m, s.n, s.k, DType::kBFloat16, false);
+    check_product(kInt4, values4, packed_ternary, s.m, s.n, s.k, DType::kBFloat16);
+    check_product(kInt4, values_fp4, packed4, s.m, s.n, s.k, DType::kFloat16);
+    check_product(kInt4, values8, packed_fp4, s.m, s.n, s.k, DType::kFloat16);
+    check_product(kInt8, values8, codes8, s.m, s.n, s.k, DType::kBFloat16);
+    check_product(kInt8, values4, codes7, s.m, s.n, s.k, DType::kBFloat16, false);
+    check_product(kInt8, values_fp4, own4, s.m, s.n, s.k, DType::kBFloat16);
+    for (const auto& [bits_a, bits_w] : {std::pair{1, 1}, std::pair{1, 2}, std::pair{2, 2}, std::pair{3, 2}, std::pair{4, 4}}) {
+      const Matrix a(random, {GridKind::kInt, bits_a}, Layout::kPlanes, s.m, s.k),
+          w(random, {GridKind::kInt, bits_w}, Layout::kPlanes, s.n, s.k);
+      check_product(kPlanes, a, w, s.m, s.n, s.k, DType::kBFloat16);
+    }
+  }
+}
+
+TEST_F(Gemm, TensorCopiesOfExtremeCodes) {
+  Random random(31);
+  const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, int2{GridKind::kInt, 2};
+  const int64_t n = 200, k = 32768;
+  for (const int64_t m : {9, 50, 130, 300}) {
+    for (const Fill fill_a : {Fill::kTop, Fill::kBottom}) {
+      for (const Fill fill_w : {Fill::kTop, Fill::kBottom}) {
+        const Matrix a8(random, int8, Layout::kValues, m, k, fill_a), w8(random, int8, Layout::kCodes, n, k, fill_w);
+        check_product(kInt8, a8, w8, m, n, k);
+        check_product(kInt4, a8, Matrix(random, int4, Layout::kPacked, n, k, fill_w), m, n, k);
+        check_product(kPlanes, Matrix(random, int2, Layout::kPlanes, m, k, fill_a), Matrix(random, int2, Layout::kPlanes, n, k, fill_w), m,
+                      n, k);
+      }
+    }
+  }
+}
+
 TEST_F(Gemm, AnyAddressOfUnpaddedRows) {
   Random random(8);
   const Grid int7{GridKind::kInt, 7};
@@ -296,7 +347,7 @@ TEST_F(Gemm, EmptyProducts) {
 TEST_F(Gemm, SameBitsOnAnyStreamAndInAGraph) {
   Random random(11);
   const Grid int4{GridKind::kInt, 4};
-  for (const int64_t m : {6, 100}) {
+  for (const int64_t m : {6, 50, 100, 300}) {
     const int64_t n = 90, k = 2048;
     const Matrix a(random, int4, Layout::kValues, m, k), w(random, int4, Layout::kPacked, n, k);
     const OnDevice<float> expected(m * n), streamed(m * n), captured(m * n);

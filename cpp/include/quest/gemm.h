@@ -3,7 +3,8 @@
 // The sum is an exact int32, whatever integers u are stored. With v = mul u + add for each operand (grid.h: affine), U = sum of u over the
 // row:
 //   sum v_a v_w = mul_a mul_w sum u_a u_w + mul_a add_w U_a + mul_w add_a U_w + K add_a add_w
-// taken modulo 2^32 (unsigned), so that no intermediate overflows before the result, which fits: check_gemm_depth.
+// taken modulo 2^32 (unsigned), so that no intermediate overflows before the result, which fits: check_gemm_depth. Then, in float32 on
+// every backend, y = fma(float(sum) * s_a, s_w, bias): three roundings, and one to the type of y.
 // Bit planes: sum c_a c_w = sum_ij 2^(i+j) popcount(plane_i(a) & plane_j(w)).
 #pragma once
 

@@ -25,11 +25,15 @@ GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsit
 
 // The CUDA kernel variant and tile for one problem.
 struct GemmTile {
+  const char* kernel;                 // name of the variant
+  bool wgmma;                         // on Hopper's asynchronous tensor cores, fed by its copy engine; else mma.sync
   int32_t block_m, block_n, block_k;  // block_k in stored elements
   int32_t split_k;                    // thread blocks that share one output tile along K
-  const char* kernel;                 // name of the variant
   const char* reason;
 };
+// compute_capability: 90 for 9.0. Operands that the copy engine cannot read (rows that start at no multiple of 16 bytes, layouts that have
+// to be widened for both sides) get plan_mma_sync's tile instead.
 GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
+GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
 
 }  // namespace quest

@@ -536,20 +536,19 @@ static void write_row(const GemmTask& task, int64_t m, int64_t begin, int64_t co
                       float* row) {
   const float a_scale = task.a_scale ? task.a_scale[m] : 1.0f;
   const float* w_scale = task.w_scale + begin;
+  const float* bias = task.bias ? task.bias + begin : nullptr;
+  const auto write = [&](int64_t j, float product) { row[j] = __builtin_fmaf(product * a_scale, w_scale[j], bias ? bias[j] : 0.0f); };
   if (task.panel == Panel::kFloats) {
     const float* dots = reinterpret_cast<const float*>(sums);
-    for (int64_t j = 0; j < count; ++j) row[j] = a_scale * w_scale[j] * dots[j];
+    for (int64_t j = 0; j < count; ++j) write(j, dots[j]);
   } else {
     const uint32_t product = task.mul_a * task.mul_w;
     const uint32_t of_row = task.mul_a * task.add_w * task.a_sum[m] + task.constant;
     const uint32_t of_column = task.mul_w * task.add_a;
     for (int64_t j = 0; j < count; ++j) {
       const uint32_t acc = product * sums[j] + of_row + of_column * w_sums[j];
-      row[j] = a_scale * w_scale[j] * static_cast<float>(static_cast<int32_t>(acc));
+      write(j, static_cast<float>(static_cast<int32_t>(acc)));
     }
-  }
-  if (task.bias) {
-    for (int64_t j = 0; j < count; ++j) row[j] += task.bias[begin + j];
   }
   const int64_t size = task.y_dtype == DType::kFloat32 ? 4 : 2;
   store_floats(row, task.y_dtype, count, task.y + (m * task.n + begin) * size);

@@ -1,0 +1,485 @@
+// The product of integers on Hopper's wgmma: y[BLOCK_M, 128] per step of a persistent thread block.
+//
+// Split of the work. Warpgroup 0 starts copies (TMA, a ring of stages); warpgroups 1 and 2 multiply, 64 rows of w each, and write y. The
+// weight is the left operand of the instruction and goes through registers, so that it can lie in memory in any width: 4-bit codes are
+// widened there, at 64 bytes of shared memory for 128 columns. The activation is the right operand, straight from shared memory: its
+// BLOCK_M rows are the instruction's N, which may be small. The accumulators hold y transposed; stmatrix turns it on its way to the copy
+// engine. A stage holds 128 bytes of every row of a: 128 int8 or 1024 bits.
+//
+// Clusters, two kinds. Large products: the blocks of a cluster take neighbouring columns of y and the same rows, and each copies its share
+// of a to all of them. Small products (SPLIT), whose tiles are fewer than the multiprocessors: the blocks share one tile along K, and the
+// first adds the integers of the others from their shared memory: no workspace, no second launch, the same bits in any order.
+//
+// Bit planes: one pass over K for each plane pair (i, j), by falling i + j; the accumulators double whenever i + j falls (Horner's rule for
+// sum 2^(i+j) P_ij), so one set of accumulators is enough.
+//
+// What bounds it (H100): a loop of 4-bit weights runs at 95 % of the wgmma ceiling when its data are there; copies cost about 10 % of that
+// and the epilogue, whose 5 instructions a value compete for the same issue slots, 3000 cycles a tile. Tried without gain: starting the
+// second warpgroup some stages later, to overlap its loop with the epilogue of the first (the ring is too short for it); whole tiles
+// waiting for the copy engine. Looking at the row factors before the main loop cost 3000 cycles a tile; an mbarrier arrival with
+// cluster-wide release (a fence of the whole GPU) half of the speed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/epilogue.cuh"
+#include "common/steps.cuh"
+#include "common/tensor_map.h"
+#include "common/wgmma.cuh"
+#include "common/wgmma_products.h"
+
+namespace quest::cuda {
+
+inline constexpr int kWarpgroup = 128;
+inline constexpr int kMultipliers = 2;  // warpgroups
+inline constexpr int kWgmmaThreads = (1 + kMultipliers) * kWarpgroup;
+inline constexpr int kWgmmaN = 64 * kMultipliers;    // rows of w a block
+inline constexpr int kStageRowBytes = 128;           // of a: what the 128-byte swizzle covers
+inline constexpr int kPieces = kStageRowBytes / 32;  // instructions a stage
+// y waits for the copy engine in pieces of some rows by the 64 columns of a warpgroup, 2 bytes each.
+inline constexpr int kStoreRowBytes = 128;
+inline constexpr int kStoreRows = 64;
+inline constexpr int kStoreBuffers = 2;  // a warpgroup: one is filled while the other is read
+// Neighbouring tiles: 8 down y, then the next columns, so that both operands of a wave stay in the L2 cache.
+inline constexpr int kWgmmaGroupM = 8;
+inline constexpr int kMaxSplit = 8;  // blocks of a cluster that every GPU can place
+
+struct WgmmaProblem {
+  IntegerEpilogue epilogue;
+  Steps steps;
+  int32_t tiles_m, clusters_n;  // of BLOCK_M rows of y, of CLUSTER * 128 columns
+  int32_t split;                // blocks that share a tile along K
+  bool column_parts;            // columns add to the sums: v of a is no multiple of its u
+  bool tensor_store;            // y is 16-bit, in rows that the copy engine can write
+  uint32_t flip;                // ByteFragments
+  uint4 table;                  // Fp4Fragments
+};
+
+// ---- the weight, from a tile of 64 rows a warpgroup in shared memory to the words of the instruction. `offset`: of this lane's bytes in
+// the tile; the copy engine's swizzle turns the step to the next 32 columns into an exclusive or.
+
+// One byte an integer (flip: 0x80808080 makes c - 128 of 8-bit codes), or 8 bits of a plane.
+struct ByteFragments {
+  static constexpr int kRowBytes = kStageRowBytes;
+  static __device__ __forceinline__ uint32_t offset(int first_row) {
+    const int lane = threadIdx.x % 32, row = first_row + lane % 16;
+    return row * kRowBytes + (lane / 16 ^ (row & 7)) * 16;
+  }
+  static __device__ __forceinline__ void load(uint32_t (&words)[kPieces][4], uint32_t address, const WgmmaProblem& problem) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      ldmatrix_x4(words[i], address ^ i * 32);
+#pragma unroll
+      for (uint32_t& word : words[i]) word ^= problem.flip;
+    }
+  }
+};
+
+// Two 4-bit codes a byte. WIDEN: the 4 codes in the low half of a word to 4 bytes.
+template <typename Widen>
+struct NibbleFragments {
+  static constexpr int kRowBytes = kStageRowBytes / 2;
+  static __device__ __forceinline__ uint32_t offset(int first_row) {
+    const int lane = threadIdx.x % 32, row = first_row + lane / 4;
+    return row * kRowBytes + (row >> 1 & 3) * 16 + lane % 4 * 2;  // the same swizzle for row + 8
+  }
+  static __device__ __forceinline__ void load(uint32_t (&words)[kPieces][4], uint32_t address, const WgmmaProblem& problem) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint32_t piece = address ^ i * 16;
+      words[i][0] = Widen::widen(load_shared_16(piece), problem);
+      words[i][1] = Widen::widen(load_shared_16(piece + 8 * kRowBytes), problem);
+      words[i][2] = Widen::widen(load_shared_16(piece + 8), problem);
+      words[i][3] = Widen::widen(load_shared_16(piece + 8 * kRowBytes + 8), problem);
+    }
+  }
+};
+
+// The codes themselves: each byte doubled, then the low nibble of one copy and the high nibble of the other.
+struct WidenCodes {
+  static __device__ __forceinline__ uint32_t widen(uint32_t codes, const WgmmaProblem&) {
+    const uint32_t doubled = __byte_perm(codes, 0, 0x1100);
+    return ((doubled & 0x00FF00FFu) | (doubled >> 4 & 0xFF00FF00u)) & 0x0F0F0F0Fu;
+  }
+};
+
+// Values by table, for grids whose values are no affine function of the code.
+struct WidenByTable {
+  static __device__ __forceinline__ uint32_t widen(uint32_t codes, const WgmmaProblem& problem) {
+    return look_up_nibbles(problem.table, codes);
+  }
+};
+
+// ---- the epilogue
+
+// What the epilogue needs of one row of y.
+struct RowFactors {
+  float scale;
+  uint32_t part;
+};
+
+// And of the two columns of a thread.
+struct ColumnFactors {
+  float scale[2], bias[2];
+  uint32_t part[2];
+};
+
+// ---- the kernel
+
+template <typename Mma_, typename Fragments_, int BLOCK_M_, int CLUSTER_, bool SPLIT_ = false>
+struct WgmmaTile {
+  using Mma = Mma_;
+  using Fragments = Fragments_;
+  static constexpr int BLOCK_M = BLOCK_M_, CLUSTER = CLUSTER_;
+  static constexpr bool SPLIT = SPLIT_;
+  static_assert(!SPLIT || CLUSTER == 1, "a cluster shares rows of y, or K");
+  // Blocks a multiprocessor: two where tiles are small, so that one starts while the other ends.
+  static constexpr int BLOCKS = SPLIT ? 2 : 1;
+  static constexpr int W_BYTES = kWgmmaN * Fragments::kRowBytes, A_BYTES = BLOCK_M * kStageRowBytes;
+  static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
+  static constexpr int STORE_ROWS = std::min(BLOCK_M, kStoreRows);
+  static constexpr int STORE_BUFFERS = std::min(BLOCK_M / STORE_ROWS, kStoreBuffers);
+  static constexpr int STORE_BYTES = STORE_ROWS * kStoreRowBytes;
+  static constexpr int STORES_BYTES = kMultipliers * STORE_BUFFERS * STORE_BYTES;
+  static constexpr int FACTORS_BYTES = kMultipliers * BLOCK_M * static_cast<int>(sizeof(RowFactors));
+  // 1024: to start at a multiple of it, as the swizzle wants; 256: the barriers.
+  static constexpr int OTHER_BYTES = 1024 + STORES_BYTES + FACTORS_BYTES + 256;
+  static constexpr int STAGES = std::min((227 * 1024 / BLOCKS - OTHER_BYTES) / STAGE_BYTES, 16);
+  static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + OTHER_BYTES;
+  static_assert(STAGES >= 3 && 2 * STAGES * 8 <= 256, "a ring of stages");
+  // Registers a thread of the copying and the multiplying warpgroups; together at most what the three were given, 65536 / 128 / BLOCKS.
+  static constexpr int COPIER_REGISTERS = BLOCKS == 1 ? 40 : 32, MULTIPLIER_REGISTERS = BLOCKS == 1 ? 232 : 104;
+};
+
+struct TileCursor {
+  int m, n_cluster;
+  __device__ __forceinline__ TileCursor(const WgmmaProblem& problem, int index) {
+    const int group_tiles = kWgmmaGroupM * problem.clusters_n;
+    const int group = index / group_tiles, in_group = index - group * group_tiles;
+    const int rows = min(kWgmmaGroupM, problem.tiles_m - group * kWgmmaGroupM);
+    n_cluster = in_group / rows;
+    m = group * kWgmmaGroupM + in_group - n_cluster * rows;
+  }
+};
+
+// A warpgroup's BLOCK_M x 64 of y through shared memory, transposed on the way, a piece of STORE_ROWS rows at a time.
+template <typename Tile, bool COLUMN_PARTS, bool BFLOAT16>
+__device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Tile::BLOCK_M / 2], uint32_t mul, const RowFactors* factors,
+                                             const ColumnFactors& column, uint8_t* buffers, const CUtensorMap* y_map, int first_m,
+                                             int first_n, int barrier_id) {
+  const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = threadIdx.x % 32;
+  const int row_in_matrix = lane / 16 * 8 + lane % 8;
+  const int target = row_in_matrix * kStoreRowBytes + ((warp * 2 + lane / 8 % 2) ^ (row_in_matrix & 7)) * 16;
+  auto value = [&](int index, float scale, uint32_t part, int i) {
+    uint32_t sum = mul * static_cast<uint32_t>(accumulators[index]) + part;
+    if constexpr (COLUMN_PARTS) sum += column.part[i];
+    return scaled(static_cast<float>(static_cast<int32_t>(sum)), scale, column.scale[i], column.bias[i]);
+  };
+#pragma unroll
+  for (int first = 0; first < Tile::BLOCK_M; first += Tile::STORE_ROWS) {
+    uint8_t* const buffer = buffers + first / Tile::STORE_ROWS % Tile::STORE_BUFFERS * Tile::STORE_BYTES;
+    if (thread == 0) bulk_wait_read<Tile::STORE_BUFFERS - 1>();
+    named_barrier(barrier_id, kWarpgroup);  // the buffer is free; before the first piece: the factors are there
+    uint4 pairs[Tile::STORE_ROWS / 8];      // the factors of this thread's two rows in every 8
+#pragma unroll
+    for (int j = 0; j < Tile::STORE_ROWS / 8; ++j) pairs[j] = *reinterpret_cast<const uint4*>(factors + first + j * 8 + lane % 4 * 2);
+#pragma unroll
+    for (int j = 0; j < Tile::STORE_ROWS; j += 16) {
+      uint32_t words[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 pair = pairs[j / 8 + half];
+        const int index = (first + j + half * 8) / 2;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float low = value(index + 2 * i, __uint_as_float(pair.x), pair.y, i);
+          const float high = value(index + 2 * i + 1, __uint_as_float(pair.z), pair.w, i);
+          words[half * 2 + i] = BFLOAT16 ? pack_bfloat16(low, high) : pack_float16(low, high);
+        }
+      }
+      stmatrix_x4_transposed(buffer + target + j * kStoreRowBytes, words);
+    }
+    async_proxy_fence();
+    named_barrier(barrier_id, kWarpgroup);
+    if (thread == 0) {
+      tensor_store(y_map, buffer, first_n, first_m + first);
+      bulk_commit();
+    }
+  }
+}
+
+template <typename Tile>
+__global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel(const __grid_constant__ CUtensorMap a_map,
+                                                                                 const __grid_constant__ CUtensorMap w_map,
+                                                                                 const __grid_constant__ CUtensorMap y_map,
+                                                                                 const __grid_constant__ WgmmaProblem problem) {
+#ifdef QUEST_SM90A
+  constexpr int BLOCK_M = Tile::BLOCK_M, CLUSTER = Tile::CLUSTER, STAGES = Tile::STAGES;
+  using Fragments = typename Tile::Fragments;
+
+  uint8_t* const shared = dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024;
+  auto w_tile = [&](int stage) { return shared + stage * Tile::STAGE_BYTES; };
+  auto a_tile = [&](int stage) { return w_tile(stage) + Tile::W_BYTES; };
+  uint8_t* const store_buffers = shared + STAGES * Tile::STAGE_BYTES;
+  RowFactors* const row_factors = reinterpret_cast<RowFactors*>(store_buffers + Tile::STORES_BYTES);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
+  uint64_t* const empty = full + STAGES;
+
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  constexpr bool kCluster = CLUSTER > 1 || Tile::SPLIT;
+  const int cluster_blocks = Tile::SPLIT ? problem.split : CLUSTER;
+  const int rank = kCluster ? static_cast<int>(cluster_rank()) : 0;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(&full[stage], 1);                                          // the copier, and the bytes
+      barrier_init(&empty[stage], CLUSTER * kMultipliers * kWarpgroup / 32);  // every multiplying warp that reads what this block copies
+    }
+    barrier_init_fence();
+    prefetch_tensor_map(&a_map);
+    prefetch_tensor_map(&w_map);
+    prefetch_tensor_map(&y_map);
+  }
+  if constexpr (kCluster) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+
+  const int tiles = problem.tiles_m * problem.clusters_n;
+  const int first_tile = static_cast<int>(blockIdx.x) / cluster_blocks, tile_stride = static_cast<int>(gridDim.x) / cluster_blocks;
+  Steps steps = problem.steps;
+  int first_k_tile = 0;
+  if constexpr (Tile::SPLIT) {
+    first_k_tile = rank * steps.k_tiles / cluster_blocks;
+    steps.k_tiles = (rank + 1) * steps.k_tiles / cluster_blocks - first_k_tile;
+  }
+  const int column_rank = Tile::SPLIT ? 0 : rank;  // which of the cluster's columns of y are this block's
+  const int count = steps.count();
+  int stage = 0;
+  uint32_t parity = 0;
+  auto next_stage = [&] {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  };
+
+  if (warpgroup == 0) {
+    registers_shrink<Tile::COPIER_REGISTERS>();
+    if (threadIdx.x == 0) {
+      constexpr int kShare = BLOCK_M / CLUSTER;
+      for (int tile = first_tile; tile < tiles; tile += tile_stride) {
+        const TileCursor at(problem, tile);
+        const int first_m = at.m * BLOCK_M + column_rank * kShare;
+        const int first_n = (at.n_cluster * CLUSTER + column_rank) * kWgmmaN;
+        StepCursor step(steps);
+        for (int i = 0; i < count; ++i) {
+          barrier_wait(&empty[stage], parity ^ 1);
+          barrier_expect(&full[stage], Tile::STAGE_BYTES);
+          const int k_tile = first_k_tile + step.k_tile;
+          tensor_load<false>(w_tile(stage), &w_map, &full[stage], k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
+          tensor_load<(CLUSTER > 1)>(a_tile(stage) + column_rank * kShare * kStageRowBytes, &a_map, &full[stage], k_tile * kStageRowBytes,
+                                     first_m, step.a_plane, (1 << CLUSTER) - 1);
+          step.advance();
+          next_stage();
+        }
+      }
+    }
+    __syncwarp();
+    if constexpr (Tile::SPLIT) cluster_sync();
+  } else {
+    registers_grow<Tile::MULTIPLIER_REGISTERS>();
+    const int group = warpgroup - 1;
+    const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = threadIdx.x % 32;
+    const uint32_t fragment_offset = shared_address(shared) + Fragments::offset(group * 64 + warp * 16);
+    const IntegerEpilogue& epilogue = problem.epilogue;
+    const Output& output = epilogue.output;
+    RowFactors* const factors = row_factors + group * BLOCK_M;
+    uint8_t* const buffers = store_buffers + group * Tile::STORE_BUFFERS * Tile::STORE_BYTES;
+    const int barrier_id = 1 + group;
+    // A stage goes back to every block that copies to it.
+    auto release = [&](int s) {
+      if (lane < CLUSTER) barrier_arrive(&empty[s], Tile::SPLIT ? rank : lane);
+    };
+
+    int32_t accumulators[BLOCK_M / 2];
+    uint32_t even[kPieces][4], odd[kPieces][4];
+    for (int tile = first_tile; tile < tiles; tile += tile_stride) {
+      const TileCursor at(problem, tile);
+      const int first_m = at.m * BLOCK_M;
+      const int first_n = (at.n_cluster * CLUSTER + column_rank) * kWgmmaN + group * 64;
+
+      // Loaded now, looked at after the main loop: until then memory has time.
+      constexpr int kRowsAThread = (BLOCK_M + kWarpgroup - 1) / kWarpgroup;
+      float row_scale[kRowsAThread];
+      int32_t row_sum[kRowsAThread], column_sum[2];
+      ColumnFactors column;
+#pragma unroll
+      for (int i = 0; i < kRowsAThread; ++i) {
+        const int row = first_m + i * kWarpgroup + thread;
+        const bool exists = i * kWarpgroup + thread < BLOCK_M && row < output.m;
+        row_scale[i] = exists ? epilogue.row_scale(row) : 0.0f;
+        row_sum[i] = exists ? epilogue.a.load(row) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int n = first_n + warp * 16 + lane / 4 + 8 * i;
+        const bool exists = n < output.n;
+        column.scale[i] = exists ? epilogue.column_scale(n) : 0.0f;
+        column_sum[i] = exists ? epilogue.w.load(n) : 0;
+        column.bias[i] = exists && output.bias != nullptr ? output.bias[n] : 0.0f;
+      }
+
+      barrier_wait(&full[stage], parity);
+      Fragments::load(even, fragment_offset + stage * Tile::STAGE_BYTES, problem);
+      StepCursor cursor(steps);
+      // The products of the stage whose words are in `now`; meanwhile the words of the next stage are loaded.
+      auto multiply_stage = [&](int i, const uint32_t(&now)[kPieces][4], uint32_t(&next)[kPieces][4]) {
+        const uint64_t b_tile = swizzled_tile(a_tile(stage));
+        wgmma_fence();
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          Tile::Mma::mma(accumulators, now[piece], b_tile + 2 * piece, (i | piece) != 0);
+        }
+        wgmma_commit();
+        const int previous = (stage == 0 ? STAGES : stage) - 1;
+        wgmma_wait<1>();  // the products before these, which used `next`
+        if (i > 0) release(previous);
+        if (i + 1 < count) {
+          next_stage();
+          barrier_wait(&full[stage], parity);
+          Fragments::load(next, fragment_offset + stage * Tile::STAGE_BYTES, problem);
+          if (Tile::Mma::kPlanes && cursor.advance()) {
+            wgmma_wait<0>();
+#pragma unroll
+            for (int32_t& accumulator : accumulators) accumulator *= 2;
+          }
+        }
+      };
+      for (int i = 0; i < count; i += 2) {
+        multiply_stage(i, even, odd);
+        if (i + 1 < count) multiply_stage(i + 1, odd, even);
+      }
+      wgmma_wait<0>();
+      release(stage);
+      next_stage();
+
+      if constexpr (Tile::SPLIT) {
+        // Once both warpgroups are here all copies have landed and been read: the ring now holds this block's integers, word i of every
+        // thread side by side.
+        int32_t* const words = reinterpret_cast<int32_t*>(shared) + threadIdx.x - kWarpgroup;
+        constexpr int kStride = kMultipliers * kWarpgroup;
+        static_assert(kStride * (BLOCK_M / 2) * 4 <= STAGES * Tile::STAGE_BYTES, "the ring holds a tile");
+        if (rank != 0) {
+          named_barrier(1 + kMultipliers, kMultipliers * kWarpgroup);
+#pragma unroll
+          for (int i = 0; i < BLOCK_M / 2; ++i) words[i * kStride] = accumulators[i];
+        }
+        cluster_sync();
+        if (rank != 0) break;
+        for (int other = 1; other < cluster_blocks; ++other) {
+          const uint32_t remote = cluster_address(words, other);
+#pragma unroll
+          for (int i = 0; i < BLOCK_M / 2; ++i) accumulators[i] += load_cluster_32(remote + i * kStride * 4);
+        }
+      }
+
+#pragma unroll
+      for (int i = 0; i < kRowsAThread; ++i) {  // the last piece of the tile before has been written, so its factors are read
+        const int row = i * kWarpgroup + thread;
+        if (row < BLOCK_M) factors[row] = {row_scale[i], epilogue.a.of_codes(row_sum[i]) + epilogue.constant};
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) column.part[i] = epilogue.w.of_codes(column_sum[i]);
+      if (problem.tensor_store) {
+        auto store = [&](auto column_parts, auto bfloat16) {
+          store_pieces<Tile, column_parts.value, bfloat16.value>(accumulators, epilogue.mul, factors, column, buffers, &y_map, first_m,
+                                                                 first_n, barrier_id);
+        };
+        using True = std::true_type;
+        using False = std::false_type;
+        const bool bfloat16 = output.dtype == DType::kBFloat16;
+        if (Tile::Mma::kPlanes || problem.column_parts) {
+          bfloat16 ? store(True{}, True{}) : store(True{}, False{});
+        } else {
+          bfloat16 ? store(False{}, True{}) : store(False{}, False{});
+        }
+      } else {
+        named_barrier(barrier_id, kWarpgroup);
+#pragma unroll
+        for (int j = 0; j < BLOCK_M; j += 8) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const int row = j + lane % 4 * 2 + c % 2, i = c / 2;
+            const int n = first_n + warp * 16 + lane / 4 + i * 8;
+            if (first_m + row < output.m && n < output.n) {
+              const float product = epilogue.product(accumulators[j / 2 + c], factors[row].part, column.part[i]);
+              store_value(output, first_m + row, n, scaled(product, factors[row].scale, column.scale[i], column.bias[i]));
+            }
+          }
+        }
+        named_barrier(barrier_id, kWarpgroup);  // the factors are read before the next tile's are written
+      }
+    }
+    if (thread == 0) bulk_wait_read<0>();
+    __syncwarp();
+  }
+  // No block ends while another may still copy to it, arrive at its barriers or read its integers.
+  if constexpr (kCluster) cluster_sync();
+#endif
+}
+
+// ---- host
+
+template <typename Tile>
+void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, int split, int sm_count,
+                       cudaStream_t stream) {
+  const Output& output = problem.epilogue.output;
+  const int64_t m = output.m, n = output.n;
+  const bool planes = w.layout == Layout::kPlanes;
+  const int64_t a_row_bytes = row_bytes(a.layout, k), w_row_bytes = row_bytes(w.layout, k);
+  problem.steps = {static_cast<int>((a_row_bytes + kStageRowBytes - 1) / kStageRowBytes), planes ? a.grid.bits : 1,
+                   planes ? w.grid.bits : 1};
+  const int64_t tiles_m = (m + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  const int64_t clusters_n = (n + Tile::CLUSTER * kWgmmaN - 1) / (Tile::CLUSTER * kWgmmaN);
+  check(m <= INT32_MAX && n <= INT32_MAX && tiles_m * clusters_n <= INT32_MAX, op, ": expected m, n <= ", INT32_MAX, ", got ", m, ", ", n,
+        "; split the rows");
+  problem.tiles_m = static_cast<int32_t>(tiles_m);
+  problem.clusters_n = static_cast<int32_t>(clusters_n);
+
+  const CUtensorMapSwizzle w_swizzle = Tile::Fragments::kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  const CUtensorMap a_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
+                                       {kStageRowBytes, static_cast<uint32_t>(Tile::BLOCK_M / Tile::CLUSTER), CU_TENSOR_MAP_SWIZZLE_128B});
+  const CUtensorMap w_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
+                                       {static_cast<uint32_t>(Tile::Fragments::kRowBytes), kWgmmaN, w_swizzle});
+  problem.column_parts = problem.epilogue.w.weight != 0;
+  problem.tensor_store = output.vectorized && output.dtype != DType::kFloat32;
+  CUtensorMap y_map{};
+  if (problem.tensor_store) {
+    y_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, output.y, n, m, 1, n * 2,
+                       {64, static_cast<uint32_t>(Tile::STORE_ROWS), CU_TENSOR_MAP_SWIZZLE_128B});
+  }
+
+  // A split tile belongs to one cluster; other blocks stay and take tile after tile.
+  problem.split = Tile::SPLIT ? std::min(split, problem.steps.k_tiles) : 1;
+  const int cluster = Tile::SPLIT ? problem.split : Tile::CLUSTER;
+  const int64_t tiles = tiles_m * clusters_n;
+  const int64_t clusters = Tile::SPLIT ? tiles : std::min<int64_t>(tiles, std::max(1, sm_count / Tile::CLUSTER));
+  check(clusters * cluster <= INT32_MAX, op, ": expected at most ", INT32_MAX, " thread blocks; split the rows");
+  launch_clusters(op, gemm_wgmma_kernel<Tile>, dim3(static_cast<unsigned>(clusters * cluster)), dim3(kWgmmaThreads), cluster,
+                  Tile::SHARED_BYTES, stream, a_map, w_map, y_map, problem);
+}
+
+// The tile of the plan. LARGE_CLUSTER: blocks that share the rows of a of the largest tile.
+template <typename Mma, typename Fragments, int LARGE_CLUSTER>
+void launch_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const WgmmaProblem& problem, int64_t k,
+                  const Device& device, cudaStream_t stream) {
+  auto run = [&](auto shape) { launch_wgmma_tile<decltype(shape)>(op, a, w, problem, k, tile.split_k, device.sm_count, stream); };
+  switch (tile.block_m) {
+    case 256: run(WgmmaTile<Mma, Fragments, 256, LARGE_CLUSTER>{}); break;
+    case 128: run(WgmmaTile<Mma, Fragments, 128, 1>{}); break;
+    case 64: run(WgmmaTile<Mma, Fragments, 64, 1, true>{}); break;
+    default: run(WgmmaTile<Mma, Fragments, 16, 1, true>{});
+  }
+}
+
+}  // namespace quest::cuda

@@ -1,0 +1,30 @@
+// The products on Hopper's wgmma (gemm_wgmma.cuh), as the operations call them: instantiated in kernels/gemm_*_wgmma.cu.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/check.h"
+#include "common/epilogue.cuh"
+#include "quest/gemm.h"
+#include "quest/plan.h"
+
+namespace quest::cuda {
+
+// Whether the copy engine can read both operands: rows that start at multiples of 16 bytes.
+inline bool copies_tensors(const Operand& a, const Operand& w, int64_t k) {
+  return k > 0 && is_aligned(a.data, 16) && is_aligned(w.data, 16) && row_bytes(a.layout, k) % 16 == 0 && row_bytes(w.layout, k) % 16 == 0;
+}
+
+// epilogue: of the integers u that the name says. a: kValues (gemm_planes_wgmma: kPlanes).
+// w: kPacked; u the code, or with `by_table` the value.
+void gemm_int4_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, bool by_table,
+                     const IntegerEpilogue& epilogue, int64_t k, const Device& device, cudaStream_t stream);
+// w: kValues or kCodes; u the byte, of 8-bit codes c - 128.
+void gemm_int8_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const IntegerEpilogue& epilogue, int64_t k,
+                     const Device& device, cudaStream_t stream);
+void gemm_planes_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const IntegerEpilogue& epilogue, int64_t k,
+                       const Device& device, cudaStream_t stream);
+
+}  // namespace quest::cuda
