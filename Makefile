@@ -46,8 +46,12 @@ test-cpp: $(BIN)/quest.stamp
 test-python: $(BIN)/quest.stamp
 	$(BIN)/python -m pytest
 
+# The C++ benchmarks join the package's build, with what it found. run.py measures on the GPU, or on the CPU where torch sees none.
 bench: $(BIN)/quest.stamp
+	$(BIN)/cmake -S . -B $(BUILD) -D QUEST_BUILD_BENCH=ON >/dev/null
+	$(BIN)/cmake --build $(BUILD) -j $(JOBS)
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/plots.py bench/results/*/
 
 lint: $(BIN)/lint.stamp $(BIN)/quest.stamp
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)

@@ -145,25 +145,34 @@ def test_position_reaches_size(config: DataConfig) -> None:
     assert corpus.position == corpus.size
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"good \xc3\xa9 then \xff bad", "a.txt: not UTF-8 at byte 13; convert the file"),
-        ("a.txt", b"cut character \xf0\x9f\x99", "a.txt: not UTF-8 at byte 14;"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a.jsonl: not UTF-8 at byte 24 \(line 2\)"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "a.jsonl, line 3: not a JSON object: .* at column"),
-        ("a.jsonl", b'["text"]\n', "a.jsonl, line 1: expected a JSON object, got list"),
-        ("a.jsonl", b'null\n', "a.jsonl, line 1: expected a JSON object, got NoneType"),
-        ("a.jsonl", b'{"txt": "a", "title": "b"}\n', "a.jsonl, line 1: no field 'text'; it has 'txt'"),
-        ("a.jsonl", b'{"author": "a", "body": "b"}\n', "no field 'text'; it has 'author', 'body'; set data.text_field"),
-        ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: field 'text' must hold text, got int"),
-        ("a.jsonl", b'{"text": "ab\\ud800"}\n', "line 1: field 'text' has half a surrogate pair at character 2"),
-        ("a.txt.xz", b"not xz", "a.txt.xz: damaged or cut short near byte"),
-        ("a.txt.xz", lzma.compress(NOISE)[:5000], "a.txt.xz: damaged or cut short near byte 5000 of 5000"),
-        ("a.jsonl.gz", gzip.compress(NOISE)[:5000], "a.jsonl.gz: damaged or cut short"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 50, "a.jsonl.gz: damaged or cut short"),
-    ],
-)  # fmt: skip
+# The bytes must be the same in every process, or parallel test runs collect different tests: no time stamp in gzip.
+BAD_CONTENT: dict[str, tuple[str, bytes, str]] = {
+    "utf8": ("a.txt", b"good \xc3\xa9 then \xff bad", "a.txt: not UTF-8 at byte 13; convert the file"),
+    "utf8-cut": ("a.txt", b"cut character \xf0\x9f\x99", "a.txt: not UTF-8 at byte 14;"),
+    "utf8-jsonl": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a.jsonl: not UTF-8 at byte 24 \(line 2\)"),
+    "json-open": ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "a.jsonl, line 3: not a JSON object: .* at column"),
+    "json-list": ("a.jsonl", b'["text"]\n', "a.jsonl, line 1: expected a JSON object, got list"),
+    "json-null": ("a.jsonl", b"null\n", "a.jsonl, line 1: expected a JSON object, got NoneType"),
+    "no-field": ("a.jsonl", b'{"txt": "a", "title": "b"}\n', "a.jsonl, line 1: no field 'text'; it has 'txt'"),
+    "no-field-remedy": (
+        "a.jsonl",
+        b'{"author": "a", "body": "b"}\n',
+        "no field 'text'; it has 'author', 'body'; set data.text_field",
+    ),
+    "field-int": ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: field 'text' must hold text, got int"),
+    "surrogate": (
+        "a.jsonl",
+        b'{"text": "ab\\ud800"}\n',
+        "line 1: field 'text' has half a surrogate pair at character 2",
+    ),
+    "not-xz": ("a.txt.xz", b"not xz", "a.txt.xz: damaged or cut short near byte"),
+    "xz-cut": ("a.txt.xz", lzma.compress(NOISE)[:5000], "a.txt.xz: damaged or cut short near byte 5000 of 5000"),
+    "gzip-cut": ("a.jsonl.gz", gzip.compress(NOISE, mtime=0)[:5000], "a.jsonl.gz: damaged or cut short"),
+    "gzip-body": ("a.jsonl.gz", b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 50, "a.jsonl.gz: damaged or cut short"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_CONTENT.values(), ids=BAD_CONTENT)
 def test_bad_content_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -357,6 +366,7 @@ def test_tokenizer_from_a_path(config: DataConfig, tokenizer: Tokenizer, tmp_pat
         ({"separator": ""}, "data.separator is the empty string"),
         ({"max_documents": 0}, "data.max_documents must be at least 1, got 0"),
     ],
+    ids=["train", "validation", "validation_fraction", "separator", "max_documents"],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
@@ -436,6 +446,7 @@ def append_bytes(data: bytearray) -> None:
         (edit_length, "truncated: .* bytes where .* tokens need"),
         (append_bytes, "longer than its header says"),
     ],
+    ids=["empty", "magic", "version", "header", "token", "length", "appended"],
 )
 def test_damaged_cache_is_named_and_not_reused(
     edit: Callable[[bytearray], None], message: str, config: DataConfig, tokenizer: Tokenizer
