@@ -244,7 +244,7 @@ def bench(m: int = 512, n: int = 4096, k: int = 4096, device: Device = "auto") -
 
 def info() -> None:
     """What a bug report needs: versions, build, processor, GPUs, libraries and the product each format gets."""
-    from quest.infer.info import describe
+    from quest.info import describe
 
     print(json.dumps(describe(), indent=2, ensure_ascii=False))
 

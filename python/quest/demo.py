@@ -85,12 +85,11 @@ def main() -> int:
     trained, tokenizer, _ = load_model(RUN)
     model = cast(Llama, trained)
     assert tokenizer is not None, "the trainer saves its tokenizer in the run directory"
-    data = build_data(config.data, tokenizer, config.sequence_length, config.batch_size, config.seed)
+    batch_size = min(VALIDATION_SEQUENCES, config.micro_batch_size or config.batch_size)  # what fits in training fits
+    data = build_data(config.data, tokenizer, config.sequence_length, batch_size, config.seed)
 
     def validation_loss(network: Llama) -> float:
-        nll, tokens = evaluate_tokens(
-            network, islice(iter(data.validation()), VALIDATION_SEQUENCES // config.batch_size)
-        )
+        nll, tokens = evaluate_tokens(network, islice(iter(data.validation()), VALIDATION_SEQUENCES // batch_size))
         return nll / tokens
 
     before = validation_loss(model.to(device))

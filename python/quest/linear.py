@@ -328,8 +328,12 @@ class PackedLinear(nn.Module):
     def _forward(self, input: Tensor) -> Tensor:
         dtype = _compute_dtype(input)
         plan = self.plan
-        if plan.packed_op and plan.w:
-            y = ops.linear(
+        if plan.a is None:
+            input = input.to(dtype)  # as F.linear does under autocast
+        # The operation gives y in the dtype of its input. Where autocast asks for another, the input is quantized as it
+        # is and the product written in that dtype: what QuestLinear does, to the bit.
+        if plan.packed_op and plan.w and input.dtype == dtype:
+            return ops.linear(
                 input,
                 plan.a,
                 self.weight_codes,
@@ -339,7 +343,6 @@ class PackedLinear(nn.Module):
                 plan.w,
                 self.bias,
             )
-            return y.to(dtype)
         x = input.reshape(-1, self.in_features)
         nothing = x.new_empty(0, dtype=torch.uint8)
         index = nothing if self.weight_index is None else self.weight_index

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import shared_data
+from conftest import shared_data, steady_normal
 
 import quest
 from quest import cli
+from quest.infer.bench import eager_quantize
 from quest.models import load_hf, load_packed, save_hf
 from quest.models.llama import Llama, LlamaConfig
+from quest.reference import ALPHA, hadamard_matrix
 
 Capture = pytest.CaptureFixture[str]
 
@@ -134,6 +136,15 @@ def test_bench(capsys: Capture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     assert all(float(line.split()[-1]) > 0 for line in lines[1:])
+
+
+def test_bench_times_a_peer_that_computes_the_same() -> None:
+    x = steady_normal(32, 256, quantizer=quest.Quantizer.parse("int4"))
+    codes, scale, passes = eager_quantize(x, hadamard_matrix(128).float(), ALPHA[4])
+    expected = quest.ops.quantize(x, quest.Quantizer.parse("int4"))
+    assert torch.equal(codes, expected.codes)
+    torch.testing.assert_close(scale.squeeze(-1), expected.scale)
+    assert torch.equal(passes, quest.ops.unpack(expected.mask.unsqueeze(0), "int1", "planes", 256).bool())
 
 
 # ---- usage ----

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from quest import demo
 from quest.train.config import ModelConfig
@@ -24,7 +25,9 @@ def _small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def configuration() -> demo.TrainConfig:
         data = DataConfig(train=(str(text),), validation_fraction=0.2, vocab_size=300, cache_dir="cache")
         model = ModelConfig(n_layers=1, n_heads=2, d_model=32, d_hidden=64)
-        return replace(chosen(), data=data, model=model, sequence_length=32, steps=6)
+        return replace(
+            chosen(), data=data, model=model, sequence_length=32, batch_size=8, micro_batch_size=None, steps=6
+        )
 
     monkeypatch.setattr(demo, "configuration", configuration)
     monkeypatch.setattr(demo, "VALIDATION_SEQUENCES", 8)
@@ -42,6 +45,16 @@ def test_trains_packs_compares_and_writes(capsys: pytest.CaptureFixture[str]) ->
     # Again: nothing is left to train, the rest is done anew.
     assert demo.main() == 0
     assert "resumed after step 6 of 6" in capsys.readouterr().out
+
+
+def test_a_gpus_bfloat16_is_packed_without_a_change(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With every product in bfloat16, as on a GPU, the losses before and after still agree to the last digit shown."""
+    monkeypatch.setattr("quest.precision.product_dtype", lambda *_: torch.bfloat16)
+    assert demo.main() == 0
+    words = capsys.readouterr().out.split("validation loss: ")[1].replace(",", "").split()
+    assert words[0] == words[2]
 
 
 def test_time_that_is_up_ends_training_alone(

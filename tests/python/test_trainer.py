@@ -24,7 +24,7 @@ from quest.models.tokenizer import Tokenizer
 from quest.train import trainer as trainer_module
 from quest.train.checkpoint import CheckpointError, load_model, read_state, read_tensors
 from quest.train.config import ConfigError, TrainConfig, dump, from_dict, load
-from quest.train.metrics import MetricsLog, flops_per_token, read_records
+from quest.train.metrics import MetricsLog, flops_per_token, named_peak_flops, read_records
 from quest.train.plot import plot_losses
 from quest.train.trainer import StopRequest, TrainingError, TrainResult, losses_of, train
 
@@ -108,7 +108,9 @@ def test_a_run_learns_and_leaves_its_files(configured: Any, plots: None, capsys:
     assert evaluations[1]["validation_loss"] == result.validation_loss < evaluations[0]["validation_loss"]
     assert load(run / "config.toml") == configured(steps=60, evaluation={"every": 30}, checkpoint={"every": 50})
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["torch"]["version"] == torch.__version__
+    assert environment["quest"]["version"] == quest.__version__
+    assert (environment["device"], environment["processes"]) == ("cpu", 1)
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000050", "step-00000060"]
     lines = capsys.readouterr().out.splitlines()
@@ -220,6 +222,10 @@ def test_diagnostics_are_recorded(configured: Any) -> None:
     assert len(reports[0]) == 4
     assert 0 <= reports[1]["blocks.0.mlp.down"]["still_masked"] <= 1
     assert losses(result.run_dir) == losses(plain.run_dir)  # looking changes nothing
+    # A resumed run compares with the masks of before.
+    middle = result.run_dir / "checkpoints" / "step-00000004"
+    resumed = train(configured("resumed", diagnose={"every": 4}, resume=str(middle)))
+    assert [r["diagnostics"] for r in read_records(resumed.run_dir) if "diagnostics" in r] == reports[1:]
 
 
 def test_compiled_without_a_break(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +235,54 @@ def test_compiled_without_a_break(configured: Any, monkeypatch: pytest.MonkeyPat
     eager = train(configured("eager", steps=3, micro_batch_size=2, optim={"z_loss": 1e-4}))
     for (_, a), (_, b) in zip(losses(compiled.run_dir), losses(eager.run_dir), strict=True):
         assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_compiles_once(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen codes are other tensors at each step, and evaluation, diagnosis and a smaller last validation batch come
+    between: none of it compiles anything again."""
+    compiled = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting, fullgraph=True))
+    train(
+        configured(
+            compile=True,
+            micro_batch_size=2,
+            average={"name": "ema"},
+            evaluation={"every": 2, "sequences": 3},
+            diagnose={"every": 2},
+        )
+    )
+    assert len(compiled) == 1
+
+
+def test_the_first_step_is_no_measure_of_the_rate(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = trainer_module.Trainer._train_step
+
+    def slow_at_first(trainer: trainer_module.Trainer) -> dict[str, Any]:
+        time.sleep(1.0 if trainer.step == 0 else 0.0)
+        return step(trainer)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_train_step", slow_at_first)
+    result = train(configured(log={"every": 4}, evaluation={"every": 0}))
+    rate = read_records(result.run_dir)[0]["tokens_per_second"]
+    assert rate > 4 * 4 * 32 / 1.0  # four steps in the second of the first
+
+
+def test_memory_is_pinned_for_a_gpu_alone(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on the CPU pins none, whether the machine has a GPU or not; one on a GPU asks for it by `pin_memory`."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    config = configured(steps=1, evaluation={"every": 0})
+    train(config)
+    assert not pinned
+    data = trainer_module.build_data(config.data, load_model(config.run_dir)[1], 32, 4, 0, pin_memory=True)
+    next(data.train)
+    data.close()
+    assert pinned
 
 
 def test_two_processes_train_as_one(configured: Any, tmp_path: Path) -> None:
@@ -342,6 +396,13 @@ def test_a_time_limit_saves_and_ends_the_run(configured: Any, tmp_path: Path) ->
     assert not result.interrupted
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert read_state(checkpoint)["step"] == result.step
+
+
+def test_an_interrupt_before_the_first_step_aborts(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it reads and tokenizes there is nothing to save."""
+    monkeypatch.setattr(trainer_module, "build_data", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(configured())
 
 
 def test_a_second_interrupt_aborts() -> None:
@@ -507,6 +568,20 @@ def test_flops_of_a_token() -> None:
     with FlopCounterMode(display=False) as counter:
         losses_of(model, tokens, 0.0)[1].backward()
     assert flops_per_token(config, 16) * 32 == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("Tesla T4", None),
+    ],
+)
+def test_peak_of_a_gpu_by_its_name(name: str, teraflops: int | None) -> None:
+    assert named_peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
 
 
 def test_a_plot_of_several_runs(configured: Any, tmp_path: Path) -> None:

@@ -47,9 +47,10 @@ def bench_layer(m: int, n: int, k: int, device: str) -> Iterator[str]:
     yield f"{title:44}{'µs':>10}{'speedup':>10}"
 
     quantizer = Quantizer.parse("int4")
-    peer = _median_seconds(lambda: _eager_int4(x), device)
+    matrix = hadamard_matrix(default_block(k)).to(x)
+    peer = _median_seconds(lambda: eager_quantize(x, matrix, ALPHA[4]), device)
     yield _row("quantize int4, eager torch", peer, peer)
-    own = _median_seconds(lambda: ops.quantize(x, quantizer, "values", mask=False), device)
+    own = _median_seconds(lambda: ops.quantize(x, quantizer, "values"), device)
     yield _row("quantize int4", own, peer)
 
     weight = torch.randn(n, k, device=device, dtype=dtype)
@@ -82,10 +83,18 @@ def _median_seconds(run: Callable[[], object], device: str) -> float:
     return statistics.median(times)
 
 
-def _eager_int4(x: Tensor) -> Tensor:
-    """Values of the int4 grid after the rotation, as one writes them in torch (paper, section 3)."""
-    block = default_block(x.shape[-1])
-    rotated = (x.view(*x.shape[:-1], -1, block) @ hadamard_matrix(block).to(x)).view(x.shape)
-    scale = ALPHA[4] / 15 * x.square().mean(-1, keepdim=True).sqrt()
-    codes = (rotated.clamp(-15 * scale, 15 * scale) / (2 * scale) + 0.5).round()
-    return (2 * codes - 1).to(torch.int8)
+def eager_quantize(x: Tensor, matrix: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """int4 quantization with its rotation as one writes it in torch (paper, section 3): the peer of `quantize`.
+
+    Args:
+        x: [*, K] of a real dtype.
+        matrix: [B, B], the Hadamard matrix of a block that divides K, in the dtype of x.
+        alpha: top level of the grid in units of the row's root mean square.
+
+    Returns:
+        Codes uint8 [*, K], scale float32 [*, 1], and where the gradient passes, bool [*, K].
+    """
+    rotated = (x.reshape(*x.shape[:-1], -1, matrix.shape[0]) @ matrix).flatten(-2).float()
+    scale = (alpha * rotated.square().mean(-1, keepdim=True).sqrt() + 1e-8) / 15
+    codes = (rotated.clamp(-15 * scale, 15 * scale) / (2 * scale) + 0.5).round() + 7
+    return codes.to(torch.uint8), scale, rotated.abs() <= 16 * scale

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quest.models.llama import Llama
 from quest.models.tokenizer import Tokenizer
+from quest.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,19 @@ def evaluate_tokens(model: Llama, batches: Iterable[Tensor]) -> tuple[float, int
     """Summed negative log-likelihood in nats, and how many tokens were predicted.
 
     Args:
-        model: in evaluation mode, on the device to run on.
+        model: in evaluation mode, on the device to run on; its products run as in training (`quest.precision`).
         batches: int64 [B, S + 1] each: every token but the first of a row is predicted.
     """
-    nll, tokens = 0.0, 0
+    weight = model.embed.weight
+    nll, tokens = torch.zeros((), dtype=torch.float64, device=weight.device), 0  # read once: a GPU need not wait
     for batch_BS in batches:
-        batch_BS = batch_BS.to(model.embed.weight.device)
-        logits_BSV = model(batch_BS[:, :-1]).float()
+        batch_BS = batch_BS.to(weight.device)
+        with autocast(weight):
+            logits_BSV = model(batch_BS[:, :-1]).float()
         targets = batch_BS[:, 1:].flatten()
-        nll += F.cross_entropy(logits_BSV.flatten(0, 1), targets, reduction="none").double().sum().item()
+        nll += F.cross_entropy(logits_BSV.flatten(0, 1), targets, reduction="none").double().sum()
         tokens += targets.numel()
-    return nll, tokens
+    return nll.item(), tokens
 
 
 def evaluate(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from quest import precision
 from quest.models.llama import Llama
 
 
@@ -29,7 +30,7 @@ def generate(
     """Yields up to `max_new_tokens` ids that follow `prompt`, each as soon as it is known.
 
     Args:
-        model: in evaluation mode, on the device to run on.
+        model: in evaluation mode, on the device to run on; its products run as in training (`quest.precision`).
         prompt: at least one id, at most `model.config.max_seq_len`.
         max_new_tokens: how many at most.
         temperature: divides the logits; 0 takes the likeliest token every time.
@@ -65,12 +66,12 @@ def _tokens(
     model: Llama, ids: list[int], count: int, choose: Callable[[Tensor], int], stop: Collection[int]
 ) -> Iterator[int]:
     weight, limit = model.embed.weight, model.config.max_seq_len
-    cache = model.new_cache(1, limit, weight.device, weight.dtype)
+    cache = model.new_cache(1, limit, weight.device, precision.product_dtype(weight))
     seen = 0  # how many of the ids the cache has met
     for _ in range(count):
         if cache.length == limit:
             cache.length, seen = 0, len(ids) - (limit + 1) // 2
-        with torch.inference_mode():
+        with torch.inference_mode(), precision.autocast(weight):
             logits_V = model(torch.tensor([ids[seen:]], device=weight.device), cache)[0, -1].float().cpu()
         seen = len(ids)
         token = choose(logits_V)

@@ -24,6 +24,7 @@ except ImportError as error:
 from quest.infer.generate import generate
 from quest.models.llama import Llama
 from quest.models.tokenizer import StreamDecoder, Tokenizer
+from quest.precision import autocast
 
 DEFAULT_NEW_TOKENS = 256  # lm-eval's own default where a task says nothing
 
@@ -72,7 +73,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         longest = max(len(ids) for ids, _ in batch)
         padded = torch.tensor([ids + [self.text.eos_id] * (longest - len(ids)) for ids, _ in batch])
         padded = padded.to(self.model.embed.weight.device)
-        logprobs_BSV = self.model(padded[:, :-1]).float().log_softmax(-1)
+        with autocast(self.model.embed.weight):
+            logprobs_BSV = self.model(padded[:, :-1]).float().log_softmax(-1)
         results = []
         for row, (ids, count) in enumerate(batch):
             logprobs_SV = logprobs_BSV[row, len(ids) - 1 - count : len(ids) - 1]

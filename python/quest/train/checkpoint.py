@@ -1,10 +1,10 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 A checkpoint is a directory `step-00001000` of torch.distributed.checkpoint files, which hold the tensors under flat
-names ("model/…", "optimizer/…", "evaluation/…", "random/…"), beside `state.json` with all that is no tensor: the
-step, the configuration, the position in the data, and length and CRC-32 of every other file. It is written under a
-temporary name, forced to disk and renamed, so that a directory with a checkpoint's name is always whole; what was
-damaged later is found by the checksums before a single value is used.
+names ("model/…", "optimizer/…", "average/…", "evaluation/…", "diagnostics/…", "random/…"), beside `state.json` with
+all that is no tensor: the step, the configuration, the position in the data, and length and CRC-32 of every other file.
+It is written under a temporary name, forced to disk and renamed, so that a directory with a checkpoint's name is always
+whole; what was damaged later is found by the checksums before a single value is used.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import tomli_w
 import tyro
 
 from quest.models.llama import PRESETS, LlamaConfig
+from quest.precision import Precision
 from quest.quantizer import QuantConfig
 from quest.train.data import DataConfig
 
@@ -290,7 +291,7 @@ class TrainConfig:
     seed: int = 0
     """Of the weights' initialisation and the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    precision: Precision = "auto"
     """Of the products; weights and optimizer are float32. `auto`: bfloat16 on CUDA, float32 on the CPU."""
     compile: bool = False
     """Compile the model with torch.compile."""

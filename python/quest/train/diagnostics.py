@@ -25,7 +25,8 @@ from quest.quantizer import Quantizer
 
 
 class Diagnostics:
-    """Measures the quantized layers of `model`; keeps the masks of the last measurement to compare with."""
+    """Measures the quantized layers of `model`; `masks` are those of the last measurement, to compare with: by layer,
+    as `quest.ops.quantize` packs them. Whoever resumes a run sets them again."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -39,8 +40,8 @@ class Diagnostics:
             loss: computes the model's loss on some tokens, the same at each call.
 
         Returns:
-            layer -> quantity -> value; `still_masked` is None at the first measurement, and the three quantities of
-            a quantizer are None for a layer whose weight is not quantized.
+            layer -> quantity -> value; `still_masked` is None at the first measurement (or where nothing was masked),
+            and the three quantities of a quantizer are None for a layer whose weight is not quantized.
         """
         if not self.layers:
             return {}
@@ -64,15 +65,20 @@ class Diagnostics:
         quantizer = layer.weight_quantizer
         if quantizer is None:
             return {"masked": None, "still_masked": None, "quantizer_rmse": None}
-        codes = layer.weight_codes()
-        passes = ops.unpack(codes.mask.unsqueeze(0), "int1", "planes", layer.in_features).bool()
-        masked, before = ~passes, self.masks.get(name)
-        self.masks[name] = masked
+        mask, last = layer.weight_codes().mask, self.masks.get(name)
+        self.masks[name] = mask
+        masked = _masked(mask, layer)
+        before = None if last is None else _masked(last, layer)
         return {
             "masked": masked.float().mean().item(),
             "still_masked": None if before is None else _share(masked & before, before),
             "quantizer_rmse": _relative_error(layer.weight.detach().float(), quantizer),
         }
+
+
+def _masked(mask: Tensor, layer: QuestLinear) -> Tensor:
+    """Bool [out, in]: where the packed mask, whose bits are set where the gradient passes, holds it back."""
+    return ops.unpack(mask.unsqueeze(0), "int1", "planes", layer.in_features) == 0
 
 
 def _share(part: Tensor, whole: Tensor) -> float | None:

@@ -24,8 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from quest.models.llama import LlamaConfig
 from quest.train.config import ConfigError, LogConfig
 
-# Dense bf16 FLOP/s of the makers' data sheets, by a part of the device's name.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12}
+# Dense bf16 FLOP/s of the makers' data sheets, by a part of the device's name; the first that is found counts, so the
+# cards with a lower power limit come before the SXM modules of their name.
+_PEAK_FLOPS = {
+    "H200 NVL": 836e12,
+    "H100 NVL": 836e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "RTX 4090": 165e12,
+}
 
 _RECORDS = "metrics.jsonl"
 
@@ -44,7 +53,11 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak dense bf16 FLOP/s of a GPU, None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    return named_peak_flops(torch.cuda.get_device_name(device))
+
+
+def named_peak_flops(name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of the GPU that calls itself `name`, None where it is not known."""
     return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
 
 
@@ -148,7 +161,7 @@ class ProgressReport:
         self.console = Console(quiet=quiet)
         self.total_steps = total_steps
         self.first_step = first_step
-        self.started = time.perf_counter()
+        self.after_first = math.nan  # the time then
         self.bar: Progress | None = None
         self.status = ""
 
@@ -170,13 +183,19 @@ class ProgressReport:
 
     def step(self, step: int, record: Mapping[str, Any] | None) -> None:
         """After `step` steps; `record` is that of the step when it has one."""
+        # The first step of a start may compile the model for a minute: what is left is judged by those after it.
+        done = step - self.first_step - 1
+        if done == 0:
+            self.after_first = time.perf_counter()
         status = self._status(record) if record is not None else None
         if self.bar is not None:
             self.status = status or self.status
             self.bar.update(self.task, completed=step, status=self.status)
         elif status is not None:
-            left = (time.perf_counter() - self.started) / (step - self.first_step) * (self.total_steps - step)
-            self.say(f"step {step}/{self.total_steps}  {status}  {_duration(left)} left")
+            if done > 0:
+                left = (time.perf_counter() - self.after_first) / done * (self.total_steps - step)
+                status += f"  {_duration(left)} left"
+            self.say(f"step {step}/{self.total_steps}  {status}")
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -5,21 +5,18 @@
 The model knows nothing of quantization, and nothing here does but the call of `quest.prepare` before the loop and
 `quest.frozen_weights` around the micro-batches. Weights and optimizer are float32; on CUDA the products run in
 bfloat16 under autocast. A run is a function of its configuration: stopped anywhere and resumed, it takes the steps
-that it would have taken.
+that it would have taken; to the bit on a CPU, on CUDA to the rounding of sums whose order is not fixed there.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import signal
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import quest
-from quest._C import build_info
+from quest import info
 from quest.models.llama import Llama
+from quest.precision import autocast, product_dtype
 from quest.train import checkpoint as checkpoints
 from quest.train import config as configs
 from quest.train.config import ConfigError, TrainConfig
@@ -64,21 +62,24 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Trains a model as configured and leaves everything in `config.run_dir`.
 
-    SIGINT, SIGTERM and `config.max_minutes` save a checkpoint and end the run after the current step; a second SIGINT
-    ends it at once.
+    Once it trains, SIGINT, SIGTERM and `config.max_minutes` save a checkpoint and end the run after the current step; a
+    second SIGINT ends it at once.
 
     Raises:
         ConfigError, DataError: what was asked for cannot be done; nothing was changed.
         CheckpointError: a checkpoint could not be read or written.
         TrainingError: the loss or the gradient is no longer finite.
     """
-    with join_world(config.device) as world, StopRequest(config.max_minutes) as stop:
-        return Trainer(config, world, stop).run()
+    with join_world(config.device) as world:
+        stop = StopRequest(config.max_minutes)
+        trainer = Trainer(config, world, stop)
+        with stop:  # only now: before the first step there is nothing to save, and tokenizing may take hours
+            return trainer.run()
 
 
 class StopRequest:
     """Whether to stop: SIGINT or SIGTERM came within its block (a second SIGINT is KeyboardInterrupt again), or the
-    time is up."""
+    time since it was made is up."""
 
     def __init__(self, max_minutes: float | None) -> None:
         self.signalled = False
@@ -137,6 +138,7 @@ class Trainer:
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
+            pin_memory=world.device.type == "cuda",
         )
 
         torch.manual_seed(config.seed)
@@ -157,7 +159,8 @@ class Trainer:
             self._restore(resume_from, saved)
         self.saved_step = self.step
         self.flops_per_token = flops_per_token(shape, config.sequence_length)
-        self.peak_flops = peak_flops(world.device) if self._bfloat16 else None
+        dtype = product_dtype(self.model.embed.weight, config.precision)
+        self.peak_flops = peak_flops(world.device) if dtype == torch.bfloat16 else None
 
     def run(self) -> TrainResult:
         config, total = self.config, self.config.total_steps
@@ -165,9 +168,12 @@ class Trainer:
         report = ProgressReport(total, self.step, quiet=not self.world.leads)
         loss, validation_loss = float("nan"), None
         log = self._open_log()
+        if self.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.world.device)  # an earlier run in this process is not of this one
         try:
             with report.shown():
                 self._introduce(report)
+                first = self.step + 1
                 seconds, at = 0.0, self.step
                 while self.step < total:
                     started = time.perf_counter()
@@ -182,6 +188,8 @@ class Trainer:
                         seconds, at = 0.0, self.step
                         record |= {"tokens": self.step * tokens_per_step, **self._costs(rate)}
                         self._write(log, record)
+                    elif self.step == first:
+                        seconds, at = 0.0, self.step  # it may have compiled the model, which is no measure of its rate
                     report.step(self.step, record if reported else None)
                     if config.diagnose.every and self.step % config.diagnose.every == 0:
                         self._write(log, {"diagnostics": self._diagnose()})
@@ -223,7 +231,7 @@ class Trainer:
                 total += loss.detach() / self.micro_batches
         norm = clip_gradient(self.model, optim.clip_norm)
         # One transfer for all that the processes must agree on: the mean loss, and whether to stop.
-        stop_wanted = torch.tensor(float(self.stop.made), device=self.world.device)
+        stop_wanted = torch.full_like(total, float(self.stop.made))
         sums = self.world.sum(torch.stack([total, stop_wanted])) / self.world.size
         mean_loss, stopped, gradient_norm = torch.cat([sums, norm.detach().reshape(1)]).tolist()
         self._require_finite(mean_loss, gradient_norm)
@@ -296,6 +304,7 @@ class Trainer:
             with self.average.applied() as differs:
                 if differs:
                     tensors |= {f"evaluation/{name}": p.detach().clone() for name, p in self.model.named_parameters()}
+            tensors |= {f"diagnostics/{name}": mask for name, mask in self.diagnostics.masks.items()}
             tensors["random/cpu"] = torch.get_rng_state()
             if self.world.device.type == "cuda":
                 tensors["random/cuda"] = torch.cuda.get_rng_state(self.world.device)
@@ -336,6 +345,7 @@ class Trainer:
             name: average[name].to(self.world.device) for name in self.average.parameters if name in average
         }
         self.average.count = state["average"]["count"]
+        self.diagnostics.masks = {name: mask.to(self.world.device) for name, mask in part("diagnostics").items()}
         self.data.train.load_state_dict(state["data"])
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors and self.world.device.type == "cuda":
@@ -351,8 +361,15 @@ class Trainer:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         configs.dump(self.config, self.config.run_dir / "config.toml")
         self.tokenizer.save(self.config.run_dir)
-        environment = json.dumps(describe_environment(self.world), indent=2)
-        (self.config.run_dir / "environment.json").write_text(environment + "\n", encoding="utf-8")
+        environment = {
+            "command": sys.argv,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "processes": self.world.size,
+            "device": str(self.world.device),
+            **info.describe(),
+        }
+        text = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
+        (self.config.run_dir / "environment.json").write_text(text, encoding="utf-8")
         return MetricsLog(self.config.run_dir, self.config.log, self.step, configs.to_dict(self.config))
 
     def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
@@ -378,14 +395,8 @@ class Trainer:
 
     # How the passes are computed.
 
-    @property
-    def _bfloat16(self) -> bool:
-        if self.config.precision == "auto":
-            return self.world.device.type == "cuda"
-        return self.config.precision == "bfloat16"
-
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._bfloat16)
+        return autocast(self.model.embed.weight, self.config.precision)
 
     def _gradients_synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Between processes gradients are averaged once a step, in the backward pass of the last micro-batch."""
@@ -393,26 +404,3 @@ class Trainer:
             no_sync: AbstractContextManager[Any] = self.parallel.no_sync()
             return no_sync
         return nullcontext()
-
-
-def describe_environment(world: World) -> dict[str, Any]:
-    """What it takes to understand a run later: command, versions, hardware."""
-    packages = {}
-    for name in ("torch", "numpy", "tokenizers", "tyro", "schedulefree"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "quest": build_info(),
-        "python": platform.python_version(),
-        "packages": packages,
-        "system": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
-        "processes": world.size,
-    }

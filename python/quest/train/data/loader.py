@@ -82,8 +82,8 @@ def _gather(cache: TokenCache, windows: npt.NDArray[np.integer[Any]], sequence_l
 
 
 class TrainBatches:
-    """Endless iterator of int64 tensors [batch_size, sequence_length + 1], in pinned memory when there is a GPU to copy
-    them to.
+    """Endless iterator of int64 tensors [batch_size, sequence_length + 1]; with `pin_memory` in pinned memory, which
+    a GPU copies from without the CPU waiting.
 
     Each process gives its `rank` and takes its own rows of every global batch of world_size · batch_size samples.
     Batches are prepared by a thread, ahead of the consumer; `state_dict` counts those consumed alone.
@@ -98,6 +98,7 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
+        pin_memory: bool = False,
     ) -> None:
         self.windows = _window_count(cache, sequence_length, at_least=1)
         self._cache = cache
@@ -108,7 +109,7 @@ class TrainBatches:
         self._world_size = world_size
         self._shuffle = shuffle
         self._sample = 0  # next sample of the run, over all processes
-        self._pin = torch.cuda.is_available()
+        self._pin = pin_memory
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quest-data")
         self._ahead: deque[Future[torch.Tensor]] = deque()
 

@@ -60,10 +60,12 @@ def build_data(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    pin_memory: bool = False,
 ) -> DataModule:
     """Tokenises what is not in the cache yet and opens the loaders of process `rank`.
 
-    `batch_size` is in sequences a process. Raises DataError for sources, caches and sizes that cannot be used.
+    `batch_size` is in sequences a process; `pin_memory` is for batches that go to a GPU. Raises DataError for sources,
+    caches and sizes that cannot be used.
     """
     if config.validation is None:
         train_cache, validation_cache = _split_caches(config, tokenizer)
@@ -76,7 +78,7 @@ def build_data(
             )
         train_cache = _whole_cache(config.train, config, tokenizer)
         validation_cache = _whole_cache(config.validation, config, tokenizer)
-    train = TrainBatches(train_cache, sequence_length, batch_size, seed, rank, world_size, config.shuffle)
+    train = TrainBatches(train_cache, sequence_length, batch_size, seed, rank, world_size, config.shuffle, pin_memory)
     validation = ValidationBatches(validation_cache, sequence_length, batch_size, rank, world_size)
     return DataModule(train, validation, train_cache, validation_cache)
 

@@ -1,4 +1,4 @@
-"""What a bug report needs, as one dictionary."""
+"""What a bug report needs, and what it takes to understand a run later, as one dictionary."""
 
 from __future__ import annotations
 
