@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/ptx.cuh"
 #include "quest/types.h"
@@ -79,6 +80,71 @@ __device__ __forceinline__ void store_chunk(void* base, const float (&x)[kChunk]
     for (int i = 0; i < kChunk; ++i) {
       if (i < count) target[i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
     }
+  }
+}
+
+// ---- the same for rows that are whole aligned chunks of a type known when compiling: loads that need no branch, so that a thread can have
+// several of them on their way
+
+template <DType DTYPE>
+struct RawChunk {
+  static constexpr int kBytes = DTYPE == DType::kFloat32 ? 4 * kChunk : 2 * kChunk;
+  uint4 vectors[kBytes / 16];
+
+  // address: a multiple of 16.
+  __device__ __forceinline__ void load(const void* address) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) vectors[i] = static_cast<const uint4*>(address)[i];
+  }
+  __device__ __forceinline__ void store(void* address) const {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) static_cast<uint4*>(address)[i] = vectors[i];
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) vectors[i] = make_uint4(0, 0, 0, 0);
+  }
+
+  __device__ __forceinline__ void to_floats(float* x) const {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint32_t words[4] = {vectors[i].x, vectors[i].y, vectors[i].z, vectors[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (DTYPE == DType::kFloat32) {
+          x[4 * i + j] = __uint_as_float(words[j]);
+        } else if constexpr (DTYPE == DType::kBFloat16) {
+          x[2 * j] = __uint_as_float(words[j] << 16);
+          x[2 * j + 1] = __uint_as_float(words[j] & 0xFFFF0000u);
+        } else {
+          x[2 * j] = float16_to_float(static_cast<uint16_t>(words[j]));
+          x[2 * j + 1] = float16_to_float(static_cast<uint16_t>(words[j] >> 16));
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void from_floats(const float* x) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        words[j] = DTYPE == DType::kFloat32    ? __float_as_uint(x[4 * i + j])
+                   : DTYPE == DType::kBFloat16 ? pack_bfloat16(x[2 * j], x[2 * j + 1])
+                                               : pack_float16(x[2 * j], x[2 * j + 1]);
+      }
+      vectors[i] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+};
+
+// Calls function(std::integral_constant<DType, dtype>).
+template <typename Function>
+void with_dtype(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kFloat32: function(std::integral_constant<DType, DType::kFloat32>()); break;
+    case DType::kBFloat16: function(std::integral_constant<DType, DType::kBFloat16>()); break;
+    case DType::kFloat16: function(std::integral_constant<DType, DType::kFloat16>()); break;
   }
 }
 

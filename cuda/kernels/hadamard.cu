@@ -1,9 +1,18 @@
 // hadamard: y = x blockdiag(H/sqrt(B)), B = 2 ... 32768, one read and one write.
 //
-// B divides k, so the rows are one flat array of blocks. A thread block of 256 threads takes tiles of 2048 values, 8 a thread (chunk.cuh):
-// strides 1 to 4 are butterflies in a thread's registers, 8 to 128 shuffles between lanes, 256 to 1024 one exchange between the 8 warps
-// through shared memory, after which each thread holds the 8 values that differ in the warp alone. For B > 2048 a thread keeps the chunks
-// of all B/2048 tiles and the remaining strides are again butterflies in registers.
+// B divides k, so the rows are one flat array of blocks. Strides ascend, as on the CPU: every sum rounds alike. Two kernels.
+//
+// hadamard_blocks_kernel (B >= 128, aligned rows): B/V threads hold a block, V = 32 or 64 values each. Thread t of T loads the chunks t,
+// t + T, t + 2T ... of 8 values, so strides 1, 2, 4 and the largest lie in its registers. Up to B = 512 the strides between are exchanged
+// between lanes. Beyond, one exchange through shared memory gives a thread the V values at stride 8: two accesses a value for five or six
+// strides, where lanes would need one for each; what still lies between is exchanged between lanes, and a second exchange goes back to the
+// chunks.
+//
+// hadamard_kernel (any B, any address): a thread block of 256 threads takes tiles of 2048 values, 8 a thread (chunk.cuh): strides 1 to 4
+// are butterflies in a thread's registers, 8 to 128 exchanges between lanes, 256 to 1024 one exchange between the 8 warps through shared
+// memory, after which each thread holds the 8 values that differ in the warp alone. For B > 2048 a thread keeps the chunks of all B/2048
+// tiles and the remaining strides are again butterflies in registers.
+#include <algorithm>
 #include <cmath>
 
 #include "common/check.h"
@@ -12,6 +21,147 @@
 
 namespace quest::cuda {
 namespace {
+
+// ---- blocks of 128 and more values at aligned addresses
+
+template <DType DTYPE, int LOG_BLOCK>
+struct BlockShape {
+  // 64 values a thread where six strides of one exchange save a second one.
+  static constexpr int kLogValues = LOG_BLOCK >= 11 ? 6 : 5;
+  static constexpr int kValues = 1 << kLogValues;
+  static constexpr int kBlock = 1 << LOG_BLOCK;
+  static constexpr int kTeam = kBlock / kValues;              // threads of one block of values
+  static constexpr int kThreads = kTeam >= 64 ? kTeam : 128;  // a team of several warps has a thread block for itself
+  static constexpr int kTeams = kThreads / kTeam;             // otherwise it needs no barrier
+  static constexpr bool kExchanges = LOG_BLOCK >= 10;
+  // The thread block stays and loads its next block of values while it transforms one: a multiprocessor has room for one thread block of
+  // this size alone, which would leave memory idle meanwhile. (Twice as many float32 values would not fit into the registers.)
+  static constexpr bool kPrefetches = LOG_BLOCK == 15 && DTYPE != DType::kFloat32;
+
+  // In shared memory a group is the 8 V values that V values at stride 8 of 8 threads are; it is padded, so that a warp, whose lanes hold
+  // 2^kLogNear neighbouring values of several groups, meets every bank once.
+  static constexpr int kLogGroup = 3 + kLogValues;
+  static constexpr int kLaneStrides = LOG_BLOCK > 2 * kLogValues ? LOG_BLOCK - 2 * kLogValues : 0;  // of groups
+  static constexpr int kLogNear = 5 - kLaneStrides < 3 ? 5 - kLaneStrides : 3;
+  static constexpr int kGroupFloats = (1 << kLogGroup) + (1 << kLogNear);
+  static constexpr int kTeamFloats = kExchanges ? kGroupFloats * (kBlock >> kLogGroup) : 0;
+  static constexpr size_t kSharedBytes = size_t{kTeams} * kTeamFloats * sizeof(float);
+};
+
+template <int THREADS>
+__device__ __forceinline__ void sync_team() {
+  if constexpr (THREADS <= 32) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Strides FIRST, 2 FIRST ... LAST.
+template <int COUNT, int FIRST, int LAST>
+__device__ __forceinline__ void butterflies(float (&x)[COUNT]) {
+  butterfly<COUNT, FIRST>(x);
+  if constexpr (FIRST < LAST) butterflies<COUNT, 2 * FIRST, LAST>(x);
+}
+
+template <DType DTYPE, int LOG_BLOCK>
+__global__ __launch_bounds__((BlockShape<DTYPE, LOG_BLOCK>::kThreads)) void hadamard_blocks_kernel(const void* x, void* y, int64_t blocks,
+                                                                                                   float factor) {
+  using Shape = BlockShape<DTYPE, LOG_BLOCK>;
+  using Raw = RawChunk<DTYPE>;
+  constexpr int kValues = Shape::kValues;
+  constexpr int kTeam = Shape::kTeam;
+  constexpr int kChunks = kValues / kChunk;
+  const int thread = threadIdx.x % kTeam;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * Shape::kTeams;
+  int64_t block = static_cast<int64_t>(blockIdx.x) * Shape::kTeams + threadIdx.x / kTeam;
+
+  Raw raw[kChunks];
+  auto load = [&] {
+    const uint8_t* source = static_cast<const uint8_t*>(x) + (block * (Shape::kBlock / kChunk) + thread) * Raw::kBytes;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if constexpr (!Shape::kPrefetches) raw[i].clear();
+      if (block < blocks) raw[i].load(source + i * kTeam * Raw::kBytes);
+    }
+  };
+  load();
+  do {
+    float values[kValues];
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) raw[i].to_floats(values + i * kChunk);
+    uint8_t* const target = static_cast<uint8_t*>(y) + (block * (Shape::kBlock / kChunk) + thread) * Raw::kBytes;
+    const bool exists = block < blocks;
+    block += step;
+    if constexpr (Shape::kPrefetches) load();
+
+    butterflies<kValues, 1, kChunk / 2>(values);
+    if constexpr (!Shape::kExchanges) {
+#pragma unroll
+      for (int lanes = 1; lanes < kTeam; lanes *= 2) butterfly_lanes(values, lanes);
+      butterflies<kValues, kChunk, kValues / 2>(values);
+    } else {
+      float* const team = reinterpret_cast<float*>(dynamic_shared()) + threadIdx.x / kTeam * Shape::kTeamFloats;
+      // The chunks. Their halves of 16 bytes swap places in every other four chunks: eight threads in a row meet all banks.
+      constexpr int kGroupChunks = (1 << Shape::kLogGroup) / kChunk;
+      const int swap = thread >> 2 & 1;
+      float* const own = team + thread / kGroupChunks * Shape::kGroupFloats + thread % kGroupChunks * kChunk;
+      auto chunk_offset = [](int i) { return i * kTeam / kGroupChunks * Shape::kGroupFloats + i * kTeam % kGroupChunks * kChunk; };
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        const float* v = values + i * kChunk;
+        *reinterpret_cast<float4*>(own + chunk_offset(i) + 4 * swap) = make_float4(v[0], v[1], v[2], v[3]);
+        *reinterpret_cast<float4*>(own + chunk_offset(i) + 4 - 4 * swap) = make_float4(v[4], v[5], v[6], v[7]);
+      }
+      sync_team<kTeam>();
+      // Values at stride 8: of group `group` those from `near` on. The lowest bits of the lane are the lowest of `near`, the others the
+      // lowest of `group`, whose strides the lanes exchange; the rest of `near`, if any, comes from the warp.
+      constexpr int kLogNear = Shape::kLogNear;
+      constexpr int kLogGroupLanes = 5 - kLogNear;
+      const int lane = thread % 32, warp = thread / 32;
+      const int near = lane % (1 << kLogNear) | warp % (1 << (3 - kLogNear)) << kLogNear;
+      const int group = lane >> kLogNear | warp >> (3 - kLogNear) << kLogGroupLanes;
+      float* const columns[2] = {team + group * Shape::kGroupFloats + near, team + group * Shape::kGroupFloats + (near ^ 4)};
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) values[i] = columns[i >> 2 & 1][i * kChunk];
+      butterflies<kValues, 1, kValues / 2>(values);
+#pragma unroll
+      for (int i = 0; i < Shape::kLaneStrides; ++i) butterfly_lanes(values, 1 << (kLogNear + i));
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) columns[i >> 2 & 1][i * kChunk] = values[i];
+      sync_team<kTeam>();
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        float* v = values + i * kChunk;
+        const float4 low = *reinterpret_cast<const float4*>(own + chunk_offset(i) + 4 * swap);
+        const float4 high = *reinterpret_cast<const float4*>(own + chunk_offset(i) + 4 - 4 * swap);
+        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+      }
+      // The strides between chunks that no other step had.
+      constexpr int kDone = Shape::kLogGroup + Shape::kLaneStrides;
+      constexpr int kFirst = kChunk << (kDone - (LOG_BLOCK - (Shape::kLogValues - 3)));
+      butterflies<kValues, kFirst, kValues / 2>(values);
+    }
+    multiply(values, factor);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      Raw out;
+      out.from_floats(values + i * kChunk);
+      if (exists) out.store(target + i * kTeam * Raw::kBytes);
+    }
+  } while (Shape::kPrefetches && block < blocks);
+}
+
+template <DType DTYPE, int LOG_BLOCK>
+void hadamard_blocks(const char* op, const void* x, void* y, int64_t blocks, float factor, int sm_count, cudaStream_t stream) {
+  using Shape = BlockShape<DTYPE, LOG_BLOCK>;
+  const int64_t needed = (blocks + Shape::kTeams - 1) / Shape::kTeams;
+  const dim3 grid = grid_of(op, Shape::kPrefetches ? std::min<int64_t>(needed, sm_count) : needed);
+  launch(op, hadamard_blocks_kernel<DTYPE, LOG_BLOCK>, grid, dim3(Shape::kThreads), Shape::kSharedBytes, stream, x, y, blocks, factor);
+}
+
+// ---- any block at any address
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
@@ -90,9 +240,27 @@ void hadamard(const void* x, void* y, DType dtype, int64_t rows, int64_t k, int6
   check_block(k, block);
   const int64_t count = rows * k;
   if (count == 0) return;
-  current_device(op);
+  const int sm_count = current_device(op).sm_count;
   const bool vectorized = is_aligned(x, 16) && is_aligned(y, 16);
   const float factor = 1.0f / std::sqrt(static_cast<float>(block));
+  if (vectorized && block >= 128) {
+    const int64_t blocks = count / block;
+    with_dtype(dtype, [&](auto type) {
+      constexpr DType kType = type();
+      switch (block) {
+        case 128: hadamard_blocks<kType, 7>(op, x, y, blocks, factor, sm_count, stream); break;
+        case 256: hadamard_blocks<kType, 8>(op, x, y, blocks, factor, sm_count, stream); break;
+        case 512: hadamard_blocks<kType, 9>(op, x, y, blocks, factor, sm_count, stream); break;
+        case 1024: hadamard_blocks<kType, 10>(op, x, y, blocks, factor, sm_count, stream); break;
+        case 2048: hadamard_blocks<kType, 11>(op, x, y, blocks, factor, sm_count, stream); break;
+        case 4096: hadamard_blocks<kType, 12>(op, x, y, blocks, factor, sm_count, stream); break;
+        case 8192: hadamard_blocks<kType, 13>(op, x, y, blocks, factor, sm_count, stream); break;
+        case 16384: hadamard_blocks<kType, 14>(op, x, y, blocks, factor, sm_count, stream); break;
+        default: hadamard_blocks<kType, 15>(op, x, y, blocks, factor, sm_count, stream);
+      }
+    });
+    return;
+  }
   auto run = [&](auto kernel, int64_t tiles) {
     const int64_t values = tiles * kTile;
     launch(op, kernel, grid_of(op, (count + values - 1) / values), dim3(kThreads), 0, stream, x, y, dtype, count, static_cast<int>(block),

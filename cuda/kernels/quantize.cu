@@ -1,14 +1,20 @@
 // quantize: x_h = x H, sigma, codes, code sum, mask bits and 4:8 index in one pass: one read of x, one write of each output.
 //
-// A row belongs to one thread block (short rows: several rows a block, a warp each). Thread t holds the chunks t, t + T, ... of 8 values in
-// registers, so loads are coalesced and a rotation block of at most 128 values lies in at most 16 neighbouring lanes (hadamard.cuh). Two
-// sums over the row (squares, codes) join the warps through shared memory. Rows of up to 32768 values stay in registers between sigma and
-// the codes; longer rows are walked twice, and their second read of x comes from the cache or from memory.
+// Two kernels. Both keep a row of up to 32768 values in registers between sigma and the codes, and join the warps of a row through shared
+// memory for its two sums (squares, codes).
 //
-// The arithmetic is the CPU backend's, operation by operation, but for the order of the sum of squares: a code differs only where that
-// moves x_h/s across a rounding boundary.
+// quantize_blocks_kernel takes what is common: equal steps between levels, rows that are whole blocks of 128 values, no sparsity. On Hopper
+// memory gives an instruction budget of about 20 a value, so here everything is made of few: see there. Which kernel runs depends on the
+// quantizer, on K and on addresses (multiples of 16 bytes), not on the layout or the number of rows: the codes are the same in all of them.
+//
+// quantize_kernel takes everything. A row belongs to one thread block (short rows: several rows a block, a warp each). Thread t holds the
+// chunks t, t + T, ... of 8 values, so loads are coalesced and a rotation block of at most 128 values lies in at most 16 neighbouring lanes
+// (hadamard.cuh). Rows that are too long for the registers are walked twice, and their second read of x comes from the cache or from
+// memory. Its arithmetic is the CPU backend's, operation by operation, but for the order of the sum of squares: a code differs only where
+// that moves x_h/s across a rounding boundary.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/grid.cuh"
@@ -21,6 +27,7 @@ namespace quest::cuda {
 namespace {
 
 constexpr int kWarpSize = 32;
+constexpr float kLargestFloat = 3.402823466e38f;
 constexpr int kMaxThreads = 512;  // leaves a thread 128 registers, of which 8 chunks take 64
 
 struct Problem {
@@ -228,7 +235,7 @@ __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_cons
   }
   squares = sum_over_row(squares, square_sums);
   if (blockDim.x == kWarpSize) __syncthreads();  // for `table`; longer rows have met in the sum
-  const bool finite = squares <= 3.402823466e38f;
+  const bool finite = squares <= kLargestFloat;
   const Row row_params =
       make_row(problem.params, grid, problem.k > 0 ? __fsqrt_rn(__fdiv_rn(squares, static_cast<float>(problem.k))) : 0.0f);
 
@@ -257,6 +264,313 @@ __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_cons
   }
 }
 
+// ---- the common case
+
+constexpr int kMaxRowWarps = 32;
+constexpr int kWarpBlocks = 8;  // blocks of 128 values that a warp holds, a quad of lanes each
+
+// The registers hold x_h/gain: what the rotation multiplies by is part of the factors that follow it.
+struct BlocksProblem {
+  const uint8_t* x;
+  uint8_t* codes;
+  float* scale;
+  int32_t* code_sum;
+  uint8_t* mask;  // or nullptr
+  int64_t rows, plane_bytes;
+  int32_t blocks;  // of a row
+  int32_t bits;
+  Layout layout;
+  float mean;         // sigma^2 = mean * sum of squares
+  float largest_sum;  // of the squares of a row that holds numbers
+  float scale_factor, scale_epsilon;
+  float gain_over_steps, inverse_gain;
+  float limit_factor, limit_add;    // of the mask, in registers' units: limit_factor sigma + limit_add
+  bool error_mask;                  // the mask compares |x-hat - x_h|, not |x_h|
+  float shift;                      // code = rint(x_h/step + shift) + offset
+  uint32_t offset, largest_code;    // each twice, in 16 bits
+  float level_mul, level_add;       // x-hat/s = level_mul code + level_add
+  uint32_t stored_mul, stored_add;  // layout kValues, four bytes: (mul c + add) ^ 0x80 in each
+};
+
+// Added to a float of at most 2^22, this leaves the float rounded, ties to even, as an integer in the low bits.
+constexpr float kIntegerFloat = 12582912.0f;
+
+// A lane's chunks 2t, 2t + 1, 8 + 2t, 9 + 2t have a byte each in `word`. Neighbouring lanes exchange halves, so that each has 4 bytes of
+// the 16 of its block that lie side by side: the lanes of a quad those at byte 0, 8, 4, 12.
+__device__ __forceinline__ uint32_t gather_bytes(uint32_t word) {
+  const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, word, 1);
+  return __byte_perm(word, other, (threadIdx.x & 1) == 0 ? 0x5410 : 0x3276);
+}
+
+// The rotation of a lane's 32 values (four chunks of 16-bit values) on the tensor cores, without moving a value between lanes. A of a
+// product holds 16 runs of 16 values, B is +-H_16/16: exact in both types, products are exact and sums are in float32. A run is the two
+// values of a word, two words of a chunk and the four lanes of a quad, and B's columns have the same order. A second product adds or
+// subtracts the neighbouring chunk; strides 2 and 64 remain for the registers. Gives x H/16 = x_h/sqrt(2).
+template <DType DTYPE>
+__device__ __forceinline__ void hadamard_tensor_cores(float (&x)[kQuadValues], const RawChunk<DTYPE> (&raw)[4]) {
+  // Entry (k, n) of H_16 is -1 to the number of bits that k and n share. This lane's are k = 2t, 2t + 1 (and 8 more) of column lane/4 (and
+  // 8 more): the last two differ in the sign where both are the upper ones.
+  constexpr uint32_t kSixteenth = DTYPE == DType::kBFloat16 ? 0x3D80u : 0x2C00u;
+  using Mma = std::conditional_t<DTYPE == DType::kBFloat16, MmaBFloat16, MmaFloat16>;
+  const uint32_t column = threadIdx.x % kWarpSize / 4;
+  const uint32_t low = __popc(2 * (threadIdx.x % 4) & column) & 1;
+  const uint32_t high = low ^ (column & 1);
+  const uint32_t plus = (kSixteenth | low << 15) | (kSixteenth | high << 15) << 16;
+  const uint32_t minus = plus ^ 0x80008000u;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint4 first = raw[i].vectors[0], second = raw[i + 1].vectors[0];
+    const uint32_t a[4] = {first.x, first.y, first.z, first.w};
+    const uint32_t b[4] = {second.x, second.y, second.z, second.w};
+    float sums[4][4] = {};  // four values side by side each: two for the first chunk, two for the second
+    Mma::mma(sums[0], a, plus, plus);
+    Mma::mma(sums[1], a, plus, minus);
+    Mma::mma(sums[2], a, plus, plus);
+    Mma::mma(sums[3], a, plus, minus);
+    Mma::mma(sums[0], b, plus, plus);
+    Mma::mma(sums[1], b, plus, minus);
+    Mma::mma(sums[2], b, minus, minus);
+    Mma::mma(sums[3], b, minus, plus);
+#pragma unroll
+    for (int j = 0; j < 2 * kChunk; ++j) x[i * kChunk + j] = sums[j / 4][j % 4];
+  }
+  butterfly<kQuadValues, 2>(x);
+  butterfly<kQuadValues, 16>(x);
+}
+
+// Replaces x by rint(x_h/step + shift) as integers in the low 16 bits (|x_h| is at most sigma sqrt(K), so they suffice). Returns the signs
+// of limit - |x_h|, or of limit - |x-hat - x_h|, the first value's lowest.
+template <bool ERROR_MASK>
+__device__ __forceinline__ uint32_t round_values(float (&x)[kQuadValues], const BlocksProblem& problem, float slope, float limit,
+                                                 float register_scale) {
+  uint32_t fails = 0;
+#pragma unroll
+  for (int i = kQuadValues - 1; i >= 0; --i) {
+    // Two roundings, as on the CPU, also of what lies just above a boundary at 0.
+    const float rounded = __fadd_rn(__fmaf_rn(x[i], slope, problem.shift), kIntegerFloat);
+    float distance = x[i];
+    if constexpr (ERROR_MASK) {
+      const float code = rounded - (kIntegerFloat - static_cast<float>(problem.offset & 0xFFFFu));
+      const float clamped = fminf(fmaxf(code, 0.0f), static_cast<float>(problem.largest_code & 0xFFFFu));
+      distance = fmaf(fmaf(clamped, problem.level_mul, problem.level_add), register_scale, -x[i]);
+    }
+    fails = __funnelshift_l(__float_as_uint(limit - fabsf(distance)), fails, 1);
+    x[i] = rounded;
+  }
+  return fails;
+}
+
+// A warp holds 8 blocks of 128 values, 32 values a lane. Lane t of a quad has the chunks 2t, 2t + 1, 8 + 2t, 9 + 2t of its block: a pair of
+// chunks is 8 bytes of packed codes or 16 of int8, so a quad writes whole sectors of 32 bytes. Blocks beyond the row's end hold zeros.
+//
+// 16-bit values are rotated by hadamard_tensor_cores, float32 values in the CPU's order of strides, 16 and 32 between the lanes.
+//
+// 56 registers: fewer do not hold the 32 values, their addresses and what a row needs; with 64 fewer warps would cover the time that loads
+// take. (Two groups of 8 blocks a warp share more of the work that is not per value, but half as many warps cost as much as that saves.)
+template <DType DTYPE, bool ROTATE>
+__global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
+  __shared__ float4 square_sums[kMaxRowWarps / 4];
+  __shared__ int32_t row_code_sum;
+  constexpr bool kTensorCores = ROTATE && DTYPE != DType::kFloat32;
+  using Raw = RawChunk<DTYPE>;
+
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int block = warp * kWarpBlocks + lane / 4;
+  const int quad_lane = lane % 4;
+  const bool exists = row < problem.rows && block < problem.blocks;
+  const int64_t row_block = row * problem.blocks + block;
+
+  Raw raw[4];
+  const uint8_t* source = problem.x + (row_block * (kQuadBlock / kChunk) + 2 * quad_lane) * Raw::kBytes;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    raw[i].clear();
+    if (exists) raw[i].load(source + (i / 2 * 8 + i % 2) * Raw::kBytes);
+  }
+  float x[kQuadValues];
+  if constexpr (kTensorCores) {
+    hadamard_tensor_cores<DTYPE>(x, raw);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) raw[i].to_floats(x + i * kChunk);
+  }
+  float partial[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums that do not wait for each other
+#pragma unroll
+  for (int i = 0; i < kQuadValues; ++i) partial[i % 4] = fmaf(x[i], x[i], partial[i % 4]);
+  float squares = sum_over_warp((partial[0] + partial[1]) + (partial[2] + partial[3]));
+  if constexpr (ROTATE && !kTensorCores) {
+    butterfly<kQuadValues, 1>(x);
+    butterfly<kQuadValues, 2>(x);
+    butterfly<kQuadValues, 4>(x);
+    butterfly<kQuadValues, 8>(x);
+    butterfly_lanes(x, 1);
+    butterfly_lanes(x, 2);
+    butterfly<kQuadValues, 16>(x);
+  }
+  if (warps > 1) {
+    float* sums = reinterpret_cast<float*>(square_sums);
+    if (lane == 0) sums[warp] = squares;
+    if (warp == 0) {
+      if (lane == 0) row_code_sum = 0;
+      if (lane >= warps) sums[lane] = 0.0f;  // to whole vectors
+    }
+    __syncthreads();
+    squares = 0.0f;
+#pragma unroll 1
+    for (int i = 0; 4 * i < warps; ++i) {
+      const float4 four = square_sums[i];
+      squares += (four.x + four.y) + (four.z + four.w);
+    }
+  }
+
+  const bool finite = squares <= problem.largest_sum;
+  const float sigma = __fsqrt_rn(__fmul_rn(squares, problem.mean));
+  const float scale = __fadd_rn(__fmul_rn(problem.scale_factor, sigma), problem.scale_epsilon);
+  const float slope = finite && scale > 0.0f ? __fdividef(problem.gain_over_steps, scale) : 0.0f;
+  const float limit = fmaf(sigma, problem.limit_factor, problem.limit_add);
+  const uint32_t fails = problem.error_mask ? round_values<true>(x, problem, slope, limit, scale * problem.inverse_gain)
+                                            : round_values<false>(x, problem, slope, limit, 0.0f);
+
+  // Masks and planes have 16 bytes a block.
+  const int gathered = (quad_lane & 1) * 8 + (quad_lane & 2) * 2;
+  if (problem.mask != nullptr) {
+    const uint32_t mask = gather_bytes(finite ? ~fails : 0u);
+    if (exists) *reinterpret_cast<uint32_t*>(problem.mask + row_block * 16 + gathered) = mask;
+  }
+
+  // Four codes a word: of neighbouring values; for planes, word j has value j of each chunk. Without numbers all are 0: x slope is 0, or
+  // NaN, whose low bits are -1.
+  const uint32_t offset = finite ? problem.offset : 0u;
+  auto pair = [&](int i, int j) {
+    const uint32_t rounded = __byte_perm(__float_as_uint(x[i]), __float_as_uint(x[j]), 0x5410);
+    return __viaddmin_s16x2_relu(rounded, offset, problem.largest_code);
+  };
+  uint32_t words[8];
+  if (problem.layout == Layout::kPlanes) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) words[j] = __byte_perm(pair(j, kChunk + j), pair(2 * kChunk + j, 3 * kChunk + j), 0x6420);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) words[j] = __byte_perm(pair(4 * j, 4 * j + 1), pair(4 * j + 2, 4 * j + 3), 0x6420);
+  }
+  uint32_t code_sum = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) code_sum = __dp4a(words[j], 0x01010101u, code_sum);
+
+  if (problem.layout == Layout::kPacked) {
+    uint2* target = reinterpret_cast<uint2*>(problem.codes + row_block * (kQuadBlock / 2) + quad_lane * 8);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t* four = words + 4 * i;
+      const uint2 packed = make_uint2(codes_to_nibbles(make_uint2(four[0], four[1])), codes_to_nibbles(make_uint2(four[2], four[3])));
+      if (exists) target[4 * i] = packed;
+    }
+  } else if (problem.layout == Layout::kPlanes) {
+    uint8_t* target = problem.codes + row_block * 16 + gathered;
+    for (int p = 0; p < problem.bits; ++p) {
+      // Bit p of the bytes of word j becomes bit j of the bytes of the plane.
+      uint32_t plane = 0;
+#pragma unroll
+      for (int j = 7; j >= 0; --j) plane = plane << 1 | (words[j] >> p & 0x01010101u);
+      plane = gather_bytes(plane);
+      if (exists) *reinterpret_cast<uint32_t*>(target + p * problem.plane_bytes) = plane;
+    }
+  } else {
+    uint4* target = reinterpret_cast<uint4*>(problem.codes + row_block * kQuadBlock + quad_lane * 16);
+    if (problem.layout == Layout::kValues) {
+      const uint32_t add = finite ? problem.stored_add : 0x80808080u;  // bytes 0 in a row that holds no numbers
+#pragma unroll
+      for (int j = 0; j < 8; ++j) words[j] = (words[j] * problem.stored_mul + add) ^ 0x80808080u;
+    }
+    if (exists) {
+      target[0] = make_uint4(words[0], words[1], words[2], words[3]);
+      target[4] = make_uint4(words[4], words[5], words[6], words[7]);
+    }
+  }
+
+  int32_t row_sum = __reduce_add_sync(0xFFFFFFFFu, exists ? static_cast<int32_t>(code_sum) : 0);
+  if (warps > 1) {
+    if (lane == 0) atomicAdd(&row_code_sum, row_sum);
+    __syncthreads();
+    row_sum = row_code_sum;
+  }
+  if (threadIdx.x == 0 && row < problem.rows) {
+    problem.scale[row] = finite ? scale : NAN;
+    problem.code_sum[row] = row_sum;
+  }
+}
+
+// Runs quantize_blocks_kernel if this problem is one for it.
+bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& problem, int sm_count, cudaStream_t stream) {
+  const GridKind kind = quantizer.grid.kind;
+  const bool suits = kind != GridKind::kFp4 && kind != GridKind::kGauss && !problem.sparse && problem.k > 0 &&
+                     problem.k % kQuadBlock == 0 && problem.k <= kMaxRowWarps * kWarpBlocks * kQuadBlock && is_aligned(problem.x, 16) &&
+                     is_aligned(problem.output.codes, 16) && is_aligned(problem.output.mask, 16);
+  if (!suits) return false;
+  const bool rotate = problem.block > 1;
+  const bool tensor_cores = rotate && problem.dtype != DType::kFloat32;
+  // What the registers hold times this is x_h: with the tensor cores x H/16, else x H, instead of x H/sqrt(128).
+  const double gain = tensor_cores ? 16 / std::sqrt(128.0) : rotate ? 1 / std::sqrt(128.0) : 1.0;
+  const double square_gain = tensor_cores ? 2.0 : 1.0;  // float32 is squared before its rotation
+  const UniformGrid grid = uniform_grid(quantizer.grid);
+  const QuantizeParams& params = problem.params;
+  const double scale_factor = params.scale_factor, scale_epsilon = params.scale_epsilon, mask_factor = params.mask_factor;
+
+  BlocksProblem blocks{};
+  blocks.x = static_cast<const uint8_t*>(problem.x);
+  blocks.codes = static_cast<uint8_t*>(problem.output.codes);
+  blocks.scale = problem.output.scale;
+  blocks.code_sum = problem.output.code_sum;
+  blocks.mask = problem.output.mask;
+  blocks.rows = problem.rows;
+  blocks.plane_bytes = problem.rows * problem.code_row_bytes;
+  blocks.blocks = static_cast<int32_t>(problem.k / kQuadBlock);
+  blocks.bits = problem.bits;
+  blocks.layout = problem.layout;
+  blocks.mean = static_cast<float>(square_gain / static_cast<double>(problem.k));
+  blocks.largest_sum = kLargestFloat / static_cast<float>(square_gain);
+  blocks.scale_factor = params.scale_factor;
+  blocks.scale_epsilon = params.scale_epsilon;
+  blocks.gain_over_steps = static_cast<float>(gain / grid.steps);
+  blocks.inverse_gain = static_cast<float>(1 / gain);
+  switch (params.mask_kind) {
+    case kMaskScale:
+      blocks.limit_factor = static_cast<float>(mask_factor * scale_factor / gain);
+      blocks.limit_add = static_cast<float>(mask_factor * scale_epsilon / gain);
+      break;
+    case kMaskMagnitude:
+      blocks.limit_factor = static_cast<float>(mask_factor / gain);
+      blocks.limit_add = static_cast<float>(mask_factor * scale_epsilon / scale_factor / gain);
+      break;
+    case kMaskError: blocks.limit_factor = static_cast<float>(mask_factor / gain); break;
+    default: blocks.limit_add = INFINITY;
+  }
+  blocks.error_mask = params.mask_kind == kMaskError;
+  blocks.shift = grid.shift;
+  blocks.offset = static_cast<uint32_t>(grid.offset) * 0x00010001u;
+  blocks.largest_code = static_cast<uint32_t>(params.levels - 1) * 0x00010001u;
+  blocks.level_mul = grid.mul;
+  blocks.level_add = grid.add;
+  blocks.stored_mul = grid.stored_mul;
+  blocks.stored_add = ((grid.stored_add + 0x80u) & 0xFFu) * 0x01010101u;
+
+  const int warps = (blocks.blocks + kWarpBlocks - 1) / kWarpBlocks;
+  // A row a thread block: rows then finish, and others start, without waiting. Only rows of one warp share a block, since a multiprocessor
+  // holds fewer blocks than such rows; not where that would leave multiprocessors idle.
+  int block_rows = warps == 1 ? 8 : 1;
+  while (block_rows > 1 && problem.rows / block_rows < sm_count) block_rows /= 2;
+  const dim3 threads(static_cast<unsigned>(warps * kWarpSize), static_cast<unsigned>(block_rows));
+  const dim3 thread_blocks = grid_of(op, (problem.rows + block_rows - 1) / block_rows);
+  with_dtype(problem.dtype, [&](auto type) {
+    auto run = [&](auto kernel) { launch(op, kernel, thread_blocks, threads, 0, stream, blocks); };
+    rotate ? run(quantize_blocks_kernel<type(), true>) : run(quantize_blocks_kernel<type(), false>);
+  });
+  return true;
+}
+
 }  // namespace
 
 void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dtype, int64_t rows, int64_t k, const QuantizeOutput& output,
@@ -273,7 +587,7 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   check(sparse == (output.index != nullptr), op, ": expected output.index ", sparse ? "for" : "to be nullptr without",
         " 4:8 sparsity; pass what the quantizer has");
   if (rows == 0) return;
-  current_device(op);
+  const int sm_count = current_device(op).sm_count;
   if (layout == Layout::kPacked) check_aligned(op, "codes", output.codes);
 
   const int64_t block = quantizer.rotation == Rotation::kHadamard && k > 0 ? default_block(k) : 1;
@@ -298,6 +612,8 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   problem.output = output;
   problem.vectorized_input = is_aligned(x, 16) && k * element_size(dtype) % 16 == 0;
   problem.vectorized_codes = is_aligned(output.codes, 8) && k % 8 == 0;
+
+  if (quantize_blocks(op, quantizer, problem, sm_count, stream)) return;
 
   // Chunks a thread: as few as keep a row within 256, then 512 threads.
   const int64_t held = chunks <= 256 ? 1 : chunks <= 1024 ? 2 : chunks <= 2048 ? 4 : 8;

@@ -1,7 +1,8 @@
 // quantize, dequantize and quantize_backward on the GPU against the CPU's.
 //
-// quantize adds the squares of a row in another order than the CPU, so sigma may differ in the last bits, and with it codes and mask bits
-// whose x_h/s lies that close to a boundary: at most one in a thousand. Everything else is equal to the bit.
+// quantize adds the squares of a row in another order than the CPU, and may add the values of a rotation in another order, so sigma and x_h
+// may differ in the last bits, and with them codes and mask bits whose x_h/s lies that close to a boundary: at most one in a thousand.
+// Everything else is equal to the bit, also between the layouts.
 #include "gpu.h"
 #include "quest/cuda/quantize.h"
 #include "quest/grid.h"
@@ -150,7 +151,8 @@ TEST_F(Quantize, EveryEstimatorAndRotation) {
   Random random(2);
   for (const char* text :
        {"int4-none-trust", "int4-hadamard-clip1.2", "int2-none-clip", "int1-hadamard-clip", "int4-hadamard-ste", "fp4-none-clip",
-        "gauss3-hadamard-trust0.4", "int4-none-4:8-ste", "int_zero4-hadamard-4:8-clip", "ternary-none-trust"}) {
+        "gauss3-hadamard-trust0.4", "int4-none-4:8-ste", "int_zero4-hadamard-4:8-clip", "ternary-none-trust", "int4-hadamard-trust0.1",
+        "int3-none-trust0.5", "int_zero3-hadamard-clip", "int8-hadamard-ste"}) {
     check_all_layouts(parse_quantizer(text), random.normals(5 * 256), DType::kFloat32, 5, 256, 0);
   }
 }
@@ -163,8 +165,9 @@ TEST_F(Quantize, EveryRowLengthAndType) {
     for (const DType dtype : testing::kDTypes) check_all_layouts(int4, random.normals(3 * k), dtype, 3, k, 0);
   }
   check_all_layouts(int4, random.normals(2 * 32768), DType::kBFloat16, 2, 32768, 0);
-  check_all_layouts(int4, random.normals(40000), DType::kBFloat16, 1, 40000, 0);   // too long for registers: two passes over x
-  check_all_layouts(int4, random.normals(37 * 128), DType::kFloat16, 37, 128, 0);  // several rows a thread block
+  check_all_layouts(int4, random.normals(40000), DType::kBFloat16, 1, 40000, 0);        // too long for registers: two passes over x
+  check_all_layouts(int4, random.normals(37 * 128), DType::kFloat16, 37, 128, 0);       // several rows a thread block
+  check_all_layouts(int4, random.normals(1061 * 256), DType::kBFloat16, 1061, 256, 0);  // as many as one has, on a GPU of up to 132 SMs
 }
 
 TEST_F(Quantize, AnyAddress) {
@@ -286,7 +289,7 @@ TEST_F(QuantizeBackward, EqualsTheCpu) {
   Random random(20);
   for (const char* text : {"int4-none-trust", "int4-hadamard-trust", "int4-hadamard-trust-original"}) {
     const Quantizer quantizer = parse_quantizer(text);
-    for (const int64_t k : {1, 6, 100, 128, 777, 1024}) {
+    for (const int64_t k : {1, 6, 100, 128, 384, 777, 1024}) {
       for (const DType dtype : testing::kDTypes) {
         const int64_t rows = 5;
         const std::vector<uint8_t> grad = testing::to_dtype(random.normals(rows * k), dtype);

@@ -61,9 +61,23 @@ TEST_F(Rotation, ManyRowsAndNone) {
   cuda::hadamard(nullptr, nullptr, DType::kFloat32, 0, 128, 128, nullptr);
 }
 
+// More blocks than thread blocks that fit the GPU at once, and a number that no thread block's share divides.
+TEST_F(Rotation, ManyBlocksOfEverySize) {
+  Random random(4);
+  for (int64_t block = 128; block <= kMaxHadamardBlock; block *= 2) {
+    const int64_t rows = block >= 16384 ? 301 : 37;
+    const std::vector<uint8_t> x = testing::to_dtype(random.normals(rows * block), DType::kBFloat16);
+    const OnDevice<uint8_t> both(x);
+    cuda::hadamard(both.data(), both.data(), DType::kBFloat16, rows, block, block, nullptr);
+    EXPECT_TRUE(bitwise_equal(reference(x, DType::kBFloat16, rows, block, block), both.host(), 2 * block)) << "block " << block;
+  }
+}
+
 TEST_F(Rotation, RejectsBlocksThatDoNotFit) {
-  EXPECT_CONTAINS(error_text([] { cuda::hadamard(nullptr, nullptr, DType::kFloat32, 1, 96, 64, nullptr); }),
-                  "expected block to divide k = 96, got 64");
+  EXPECT_CONTAINS(
+      error_text([] { cuda::hadamard(nullptr, nullptr, DType::kFloat32, 1, 96, 64, nullptr); }),
+      "hadamard: expected block to divide the last dimension, got block 64 and last dimension 96; use a divisor, at most 32, or "
+      "leave it out for the default");
   EXPECT_CONTAINS(error_text([] { cuda::hadamard(nullptr, nullptr, DType::kFloat32, 1, 96, 3, nullptr); }), "power of two");
 }
 
