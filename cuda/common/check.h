@@ -17,6 +17,8 @@ inline void check_cuda(const char* op, cudaError_t error) {
 struct Device {
   int32_t compute_capability;  // 90 for 9.0
   int32_t sm_count;
+
+  bool waits() const { return compute_capability == 90; }
 };
 
 // The current device; throws unless the kernels run on it.
@@ -43,27 +45,39 @@ inline dim3 grid_of(const char* op, int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
-// cluster: thread blocks of a cluster along x; 1: none.
+// What a launch may ask for beyond its grid. cluster: thread blocks of a cluster along x. dependent: it may start before the kernel before
+// it in the stream has ended, for it waits for that itself (ptx.cuh: wait_for_prerequisites): only where the code that runs is that of
+// sm_90a, Device::waits, since older code has no such instruction.
+struct LaunchOptions {
+  int cluster = 1;
+  bool dependent = false;
+};
+
 template <typename... Parameters, typename... Arguments>
-void launch_clusters(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, int cluster, size_t shared_bytes,
-                     cudaStream_t stream, const Arguments&... arguments) {
+void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                 cudaStream_t stream, const Arguments&... arguments) {
   constexpr size_t kSharedWithoutOptIn = 48 * 1024;
   if (shared_bytes > kSharedWithoutOptIn) {
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
   }
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  if (cluster > 1) {
+  config.attrs = attributes;
+  if (options.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.x = static_cast<unsigned>(options.cluster);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+  }
+  if (options.dependent) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   check_cuda(op, cudaLaunchKernelEx(&config, kernel, arguments...));
 }
@@ -71,7 +85,7 @@ void launch_clusters(const char* op, void (*kernel)(Parameters...), dim3 grid, d
 template <typename... Parameters, typename... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
-  launch_clusters(op, kernel, grid, block, 1, shared_bytes, stream, arguments...);
+  launch_with({}, op, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace quest::cuda

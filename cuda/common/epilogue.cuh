@@ -45,7 +45,6 @@ struct IntegerEpilogue {
   uint32_t mul, constant;
   Correction a, w;
 
-  bool sums_values() const { return a.sums_values || w.sums_values; }
   // Per row and per column parts; sums are those of the kernel where sums_values is set.
   __device__ __forceinline__ uint32_t row_part(int64_t row, int32_t value_sum) const { return a.row(row, value_sum) + constant; }
   __device__ __forceinline__ uint32_t column_part(int64_t column, int32_t value_sum) const { return w.row(column, value_sum); }
@@ -120,10 +119,9 @@ inline Output make_output(void* y, DType dtype, const float* bias, int64_t m, in
 }
 
 // a_map, w_map: v = mul u + add for the integers u that the kernel multiplies.
-inline IntegerEpilogue integer_epilogue(const Operand& a, const Operand& w, Affine a_map, Affine w_map, const float* bias, void* y,
-                                        DType dtype, int64_t m, int64_t n, int64_t k) {
+inline IntegerEpilogue integer_epilogue(const Operand& a, const Operand& w, Affine a_map, Affine w_map, const Output& output, int64_t k) {
   IntegerEpilogue result{};
-  result.output = make_output(y, dtype, bias, m, n);
+  result.output = output;
   result.a_scale = a.scale;
   result.w_scale = w.scale;
   result.mul = static_cast<uint32_t>(a_map.mul * w_map.mul);

@@ -14,10 +14,7 @@
 // sum 2^(i+j) P_ij), so one set of accumulators is enough.
 //
 // What bounds it (H100): a loop of 4-bit weights runs at 95 % of the wgmma ceiling when its data are there; copies cost about 10 % of that
-// and the epilogue, whose 5 instructions a value compete for the same issue slots, 3000 cycles a tile. Tried without gain: starting the
-// second warpgroup some stages later, to overlap its loop with the epilogue of the first (the ring is too short for it); whole tiles
-// waiting for the copy engine. Looking at the row factors before the main loop cost 3000 cycles a tile; an mbarrier arrival with
-// cluster-wide release (a fence of the whole GPU) half of the speed.
+// and the epilogue, of 4 to 6 instructions a value, about 3000 cycles a tile. CHANGELOG has what was tried.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +38,6 @@ inline constexpr int kPieces = kStageRowBytes / 32;  // instructions a stage
 // y waits for the copy engine in pieces of some rows by the 64 columns of a warpgroup, 2 bytes each.
 inline constexpr int kStoreRowBytes = 128;
 inline constexpr int kStoreRows = 64;
-inline constexpr int kStoreBuffers = 2;  // a warpgroup: one is filled while the other is read
 // Neighbouring tiles: 8 down y, then the next columns, so that both operands of a wave stay in the L2 cache.
 inline constexpr int kWgmmaGroupM = 8;
 inline constexpr int kMaxSplit = 8;  // blocks of a cluster that every GPU can place
@@ -51,7 +47,8 @@ struct WgmmaProblem {
   Steps steps;
   int32_t tiles_m, clusters_n;  // of BLOCK_M rows of y, of CLUSTER * 128 columns
   int32_t split;                // blocks that share a tile along K
-  bool column_parts;            // columns add to the sums: v of a is no multiple of its u
+  float unit;                   // y is the product of the u times this, a power of two
+  bool parts;                   // the product of the v is not that of the u: it has a factor or parts of rows and columns
   bool tensor_store;            // y is 16-bit, in rows that the copy engine can write
   uint32_t flip;                // ByteFragments
   uint4 table;                  // Fp4Fragments
@@ -105,12 +102,27 @@ struct WidenCodes {
   }
 };
 
+// 8 v of the 4-bit int grid: 16 c - 120, which needs no other part in the epilogue. Each code moves to the upper half of its byte, whose
+// top bit is turned over.
+struct WidenInt4 {
+  static __device__ __forceinline__ uint32_t widen(uint32_t codes, const WgmmaProblem&) {
+    const uint32_t doubled = __byte_perm(codes, 0, 0x1100);
+    return (((doubled << 4 & 0x00FF00FFu) | (doubled & 0xFF00FF00u)) & 0xF0F0F0F0u) ^ 0x88888888u;
+  }
+};
+
 // Values by table, for grids whose values are no affine function of the code.
 struct WidenByTable {
   static __device__ __forceinline__ uint32_t widen(uint32_t codes, const WgmmaProblem& problem) {
     return look_up_nibbles(problem.table, codes);
   }
 };
+
+// ---- named barriers: of a warpgroup, of both, and of the pieces of y
+
+inline constexpr int kBothBarrier = 1, kPieceBarriers = 4;
+__device__ __forceinline__ int group_barrier(int group) { return 2 + group; }
+__device__ __forceinline__ int piece_barrier(int group, int piece) { return 2 + kMultipliers + group * kPieceBarriers + piece; }
 
 // ---- the epilogue
 
@@ -140,13 +152,14 @@ struct WgmmaTile {
   static constexpr int W_BYTES = kWgmmaN * Fragments::kRowBytes, A_BYTES = BLOCK_M * kStageRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int STORE_ROWS = std::min(BLOCK_M, kStoreRows);
-  static constexpr int STORE_BUFFERS = std::min(BLOCK_M / STORE_ROWS, kStoreBuffers);
+  // Buffers of such pieces: as many as do not cost a stage of the ring.
+  static constexpr int STORE_BUFFERS = std::min(BLOCK_M / STORE_ROWS, Mma::kPlanes ? 4 : Fragments::kRowBytes < kStageRowBytes ? 3 : 2);
   static constexpr int STORE_BYTES = STORE_ROWS * kStoreRowBytes;
   static constexpr int STORES_BYTES = kMultipliers * STORE_BUFFERS * STORE_BYTES;
   static constexpr int FACTORS_BYTES = kMultipliers * BLOCK_M * static_cast<int>(sizeof(RowFactors));
-  // 1024: to start at a multiple of it, as the swizzle wants; 256: the barriers.
-  static constexpr int OTHER_BYTES = 1024 + STORES_BYTES + FACTORS_BYTES + 256;
-  static constexpr int STAGES = std::min((227 * 1024 / BLOCKS - OTHER_BYTES) / STAGE_BYTES, 16);
+  static constexpr int OTHER_BYTES = STORES_BYTES + FACTORS_BYTES + 256;  // 256: the mbarriers
+  // 1024 of each block are the system's.
+  static constexpr int STAGES = std::min((228 * 1024 / BLOCKS - 1024 - OTHER_BYTES) / STAGE_BYTES, 16);
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + OTHER_BYTES;
   static_assert(STAGES >= 3 && 2 * STAGES * 8 <= 256, "a ring of stages");
   // Registers a thread of the copying and the multiplying warpgroups; together at most what the three were given, 65536 / 128 / BLOCKS.
@@ -164,25 +177,36 @@ struct TileCursor {
   }
 };
 
-// A warpgroup's BLOCK_M x 64 of y through shared memory, transposed on the way, a piece of STORE_ROWS rows at a time.
-template <typename Tile, bool COLUMN_PARTS, bool BFLOAT16>
+// A warpgroup's BLOCK_M x 64 of y through shared memory, transposed on the way, a piece of STORE_ROWS rows at a time. No warp but the one
+// that starts the copies waits for the others.
+template <typename Tile, bool PARTS, bool BFLOAT16>
 __device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Tile::BLOCK_M / 2], uint32_t mul, const RowFactors* factors,
                                              const ColumnFactors& column, uint8_t* buffers, const CUtensorMap* y_map, int first_m,
-                                             int first_n, int barrier_id) {
+                                             int first_n, int group) {
+  constexpr int kPiecesOfTile = Tile::BLOCK_M / Tile::STORE_ROWS;
   const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = threadIdx.x % 32;
   const int row_in_matrix = lane / 16 * 8 + lane % 8;
   const int target = row_in_matrix * kStoreRowBytes + ((warp * 2 + lane / 8 % 2) ^ (row_in_matrix & 7)) * 16;
   auto value = [&](int index, float scale, uint32_t part, int i) {
-    uint32_t sum = mul * static_cast<uint32_t>(accumulators[index]) + part;
-    if constexpr (COLUMN_PARTS) sum += column.part[i];
+    uint32_t sum = static_cast<uint32_t>(accumulators[index]);
+    if constexpr (PARTS) sum = mul * sum + part + column.part[i];
     return scaled(static_cast<float>(static_cast<int32_t>(sum)), scale, column.scale[i], column.bias[i]);
   };
 #pragma unroll
-  for (int first = 0; first < Tile::BLOCK_M; first += Tile::STORE_ROWS) {
-    uint8_t* const buffer = buffers + first / Tile::STORE_ROWS % Tile::STORE_BUFFERS * Tile::STORE_BYTES;
-    if (thread == 0) bulk_wait_read<Tile::STORE_BUFFERS - 1>();
-    named_barrier(barrier_id, kWarpgroup);  // the buffer is free; before the first piece: the factors are there
-    uint4 pairs[Tile::STORE_ROWS / 8];      // the factors of this thread's two rows in every 8
+  for (int piece = 0; piece < kPiecesOfTile; ++piece) {
+    const int first = piece * Tile::STORE_ROWS;
+    uint8_t* const buffer = buffers + piece % Tile::STORE_BUFFERS * Tile::STORE_BYTES;
+    if (piece == 0 || piece >= Tile::STORE_BUFFERS) {
+      if (thread == 0) {
+        if (piece == 0) {
+          bulk_wait_read<0>();  // all buffers: the copies of the tile before have had its successor's main loop to end
+        } else {
+          bulk_wait_read<Tile::STORE_BUFFERS - 1>();
+        }
+      }
+      named_barrier(group_barrier(group), kWarpgroup);  // the buffer is free; before the first piece: the factors are there
+    }
+    uint4 pairs[Tile::STORE_ROWS / 8];  // the factors of this thread's two rows in every 8
 #pragma unroll
     for (int j = 0; j < Tile::STORE_ROWS / 8; ++j) pairs[j] = *reinterpret_cast<const uint4*>(factors + first + j * 8 + lane % 4 * 2);
 #pragma unroll
@@ -202,10 +226,16 @@ __device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Tile:
       stmatrix_x4_transposed(buffer + target + j * kStoreRowBytes, words);
     }
     async_proxy_fence();
-    named_barrier(barrier_id, kWarpgroup);
-    if (thread == 0) {
-      tensor_store(y_map, buffer, first_n, first_m + first);
-      bulk_commit();
+    static_assert(kPiecesOfTile <= kPieceBarriers, "a barrier for each piece");
+    if (warp == 0) {
+      named_barrier(piece_barrier(group, piece), kWarpgroup);
+      if (lane == 0) {
+        tensor_store(y_map, buffer, first_n, first_m + first);
+        bulk_commit();
+      }
+      __syncwarp();
+    } else {
+      named_barrier_arrive(piece_barrier(group, piece), kWarpgroup);
     }
   }
 }
@@ -219,7 +249,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
   constexpr int BLOCK_M = Tile::BLOCK_M, CLUSTER = Tile::CLUSTER, STAGES = Tile::STAGES;
   using Fragments = typename Tile::Fragments;
 
-  uint8_t* const shared = dynamic_shared() + (1024 - shared_address(dynamic_shared()) % 1024) % 1024;
+  uint8_t* const shared = dynamic_shared();
   auto w_tile = [&](int stage) { return shared + stage * Tile::STAGE_BYTES; };
   auto a_tile = [&](int stage) { return w_tile(stage) + Tile::W_BYTES; };
   uint8_t* const store_buffers = shared + STAGES * Tile::STAGE_BYTES;
@@ -246,6 +276,9 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
   } else {
     __syncthreads();
   }
+  // From here on memory is touched: what was launched before must have ended. What comes after may start to start.
+  dependents_may_launch();
+  wait_for_prerequisites();
 
   const int tiles = problem.tiles_m * problem.clusters_n;
   const int first_tile = static_cast<int>(blockIdx.x) / cluster_blocks, tile_stride = static_cast<int>(gridDim.x) / cluster_blocks;
@@ -295,7 +328,6 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     const Output& output = epilogue.output;
     RowFactors* const factors = row_factors + group * BLOCK_M;
     uint8_t* const buffers = store_buffers + group * Tile::STORE_BUFFERS * Tile::STORE_BYTES;
-    const int barrier_id = 1 + group;
     // A stage goes back to every block that copies to it.
     auto release = [&](int s) {
       if (lane < CLUSTER) barrier_arrive(&empty[s], Tile::SPLIT ? rank : lane);
@@ -370,7 +402,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
         constexpr int kStride = kMultipliers * kWarpgroup;
         static_assert(kStride * (BLOCK_M / 2) * 4 <= STAGES * Tile::STAGE_BYTES, "the ring holds a tile");
         if (rank != 0) {
-          named_barrier(1 + kMultipliers, kMultipliers * kWarpgroup);
+          named_barrier(kBothBarrier, kMultipliers * kWarpgroup);
 #pragma unroll
           for (int i = 0; i < BLOCK_M / 2; ++i) words[i * kStride] = accumulators[i];
         }
@@ -383,28 +415,31 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
         }
       }
 
+      // A warp that is here has seen all others in this tile's main loop, done with the factors of the last; not if the loop fits in the
+      // ring.
+      if (!Tile::SPLIT && count <= STAGES) named_barrier(group_barrier(group), kWarpgroup);
 #pragma unroll
-      for (int i = 0; i < kRowsAThread; ++i) {  // the last piece of the tile before has been written, so its factors are read
+      for (int i = 0; i < kRowsAThread; ++i) {
         const int row = i * kWarpgroup + thread;
-        if (row < BLOCK_M) factors[row] = {row_scale[i], epilogue.a.of_codes(row_sum[i]) + epilogue.constant};
+        if (row < BLOCK_M) factors[row] = {row_scale[i] * problem.unit, epilogue.a.of_codes(row_sum[i]) + epilogue.constant};
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) column.part[i] = epilogue.w.of_codes(column_sum[i]);
       if (problem.tensor_store) {
-        auto store = [&](auto column_parts, auto bfloat16) {
-          store_pieces<Tile, column_parts.value, bfloat16.value>(accumulators, epilogue.mul, factors, column, buffers, &y_map, first_m,
-                                                                 first_n, barrier_id);
+        auto store = [&](auto parts, auto bfloat16) {
+          store_pieces<Tile, parts.value, bfloat16.value>(accumulators, epilogue.mul, factors, column, buffers, &y_map, first_m, first_n,
+                                                          group);
         };
         using True = std::true_type;
         using False = std::false_type;
         const bool bfloat16 = output.dtype == DType::kBFloat16;
-        if (Tile::Mma::kPlanes || problem.column_parts) {
+        if (Tile::Mma::kPlanes || problem.parts) {
           bfloat16 ? store(True{}, True{}) : store(True{}, False{});
         } else {
           bfloat16 ? store(False{}, True{}) : store(False{}, False{});
         }
       } else {
-        named_barrier(barrier_id, kWarpgroup);
+        named_barrier(group_barrier(group), kWarpgroup);
 #pragma unroll
         for (int j = 0; j < BLOCK_M; j += 8) {
 #pragma unroll
@@ -417,7 +452,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
             }
           }
         }
-        named_barrier(barrier_id, kWarpgroup);  // the factors are read before the next tile's are written
+        named_barrier(group_barrier(group), kWarpgroup);  // the factors are read before the next tile's are written
       }
     }
     if (thread == 0) bulk_wait_read<0>();
@@ -431,7 +466,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
 // ---- host
 
 template <typename Tile>
-void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, int split, int sm_count,
+void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, int split, const Device& device,
                        cudaStream_t stream) {
   const Output& output = problem.epilogue.output;
   const int64_t m = output.m, n = output.n;
@@ -451,7 +486,8 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
                                        {kStageRowBytes, static_cast<uint32_t>(Tile::BLOCK_M / Tile::CLUSTER), CU_TENSOR_MAP_SWIZZLE_128B});
   const CUtensorMap w_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
                                        {static_cast<uint32_t>(Tile::Fragments::kRowBytes), kWgmmaN, w_swizzle});
-  problem.column_parts = problem.epilogue.w.weight != 0;
+  const IntegerEpilogue& epilogue = problem.epilogue;
+  problem.parts = epilogue.mul != 1 || epilogue.constant != 0 || epilogue.a.weight != 0 || epilogue.w.weight != 0;
   problem.tensor_store = output.vectorized && output.dtype != DType::kFloat32;
   CUtensorMap y_map{};
   if (problem.tensor_store) {
@@ -463,17 +499,17 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   problem.split = Tile::SPLIT ? std::min(split, problem.steps.k_tiles) : 1;
   const int cluster = Tile::SPLIT ? problem.split : Tile::CLUSTER;
   const int64_t tiles = tiles_m * clusters_n;
-  const int64_t clusters = Tile::SPLIT ? tiles : std::min<int64_t>(tiles, std::max(1, sm_count / Tile::CLUSTER));
+  const int64_t clusters = Tile::SPLIT ? tiles : std::min<int64_t>(tiles, std::max(1, device.sm_count / Tile::CLUSTER));
   check(clusters * cluster <= INT32_MAX, op, ": expected at most ", INT32_MAX, " thread blocks; split the rows");
-  launch_clusters(op, gemm_wgmma_kernel<Tile>, dim3(static_cast<unsigned>(clusters * cluster)), dim3(kWgmmaThreads), cluster,
-                  Tile::SHARED_BYTES, stream, a_map, w_map, y_map, problem);
+  launch_with({cluster, device.waits()}, op, gemm_wgmma_kernel<Tile>, dim3(static_cast<unsigned>(clusters * cluster)), dim3(kWgmmaThreads),
+              Tile::SHARED_BYTES, stream, a_map, w_map, y_map, problem);
 }
 
 // The tile of the plan. LARGE_CLUSTER: blocks that share the rows of a of the largest tile.
 template <typename Mma, typename Fragments, int LARGE_CLUSTER>
 void launch_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const WgmmaProblem& problem, int64_t k,
                   const Device& device, cudaStream_t stream) {
-  auto run = [&](auto shape) { launch_wgmma_tile<decltype(shape)>(op, a, w, problem, k, tile.split_k, device.sm_count, stream); };
+  auto run = [&](auto shape) { launch_wgmma_tile<decltype(shape)>(op, a, w, problem, k, tile.split_k, device, stream); };
   switch (tile.block_m) {
     case 256: run(WgmmaTile<Mma, Fragments, 256, LARGE_CLUSTER>{}); break;
     case 128: run(WgmmaTile<Mma, Fragments, 128, 1>{}); break;

@@ -28,7 +28,7 @@ __device__ __forceinline__ float float16_to_float(uint16_t bits) {
 
 // ---- shared memory
 __device__ __forceinline__ uint8_t* dynamic_shared() {
-  extern __shared__ __align__(128) uint8_t buffer[];
+  extern __shared__ __align__(1024) uint8_t buffer[];  // what the widest swizzle of the copy engine wants
   return buffer;
 }
 
@@ -62,6 +62,21 @@ __device__ __forceinline__ uint32_t load_shared_16(uint32_t address) {
   uint16_t value;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
   return value;
+}
+
+// ---- neighbours in a stream (programmatic dependent launch, sm_90): a kernel that was launched as `dependent` (check.h) may start while
+// the one before it still runs, and waits here until that has ended and its writes are seen. Before that it must not touch memory.
+__device__ __forceinline__ void wait_for_prerequisites() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once every thread block has said so, the next kernel may start to start.
+__device__ __forceinline__ void dependents_may_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // ---- d[16, 8] += a[16, K] b[8, K]^T for rows of 32 bytes, whatever their elements. All four kinds have the same fragments: with g = lane

@@ -17,14 +17,14 @@ inline bool copies_tensors(const Operand& a, const Operand& w, int64_t k) {
   return k > 0 && is_aligned(a.data, 16) && is_aligned(w.data, 16) && row_bytes(a.layout, k) % 16 == 0 && row_bytes(w.layout, k) % 16 == 0;
 }
 
-// epilogue: of the integers u that the name says. a: kValues (gemm_planes_wgmma: kPlanes).
-// w: kPacked; u the code, or with `by_table` the value.
-void gemm_int4_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, bool by_table,
-                     const IntegerEpilogue& epilogue, int64_t k, const Device& device, cudaStream_t stream);
-// w: kValues or kCodes; u the byte, of 8-bit codes c - 128.
-void gemm_int8_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const IntegerEpilogue& epilogue, int64_t k,
+// a: kValues, w: kPacked. Not fp4 with 8 bits.
+void gemm_int4_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const Output& output, int64_t k,
                      const Device& device, cudaStream_t stream);
-void gemm_planes_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const IntegerEpilogue& epilogue, int64_t k,
+// a: kValues, w: kValues or kCodes. fp4: as kValues, and with another grid only where that is kValues of less than 8 bits.
+void gemm_int8_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const Output& output, int64_t k,
+                     const Device& device, cudaStream_t stream);
+// a, w: kPlanes.
+void gemm_planes_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const Output& output, int64_t k,
                        const Device& device, cudaStream_t stream);
 
 }  // namespace quest::cuda

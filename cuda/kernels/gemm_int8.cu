@@ -14,16 +14,16 @@ void gemm_int8(const Operand& a, const Operand& w, const float* bias, void* y, D
   check_gemm_depth(op, a.grid, w.grid, k);
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
-  if (a.layout == Layout::kValues && !(w.layout == Layout::kCodes && is_fp4(w)) && copies_tensors(a, w, k)) {
+  const Output output = make_output(y, dtype, bias, m, n);
+  // fp4 with a grid whose u is no value: the sum of a row of fp4 values, which that needs, does not follow from its codes.
+  const bool needs_value_sums =
+      is_fp4(w) ? a.grid.bits == 8 || w.layout == Layout::kCodes : is_fp4(a) && (w.grid.bits == 8 || w.layout == Layout::kCodes);
+  if (a.layout == Layout::kValues && !needs_value_sums && copies_tensors(a, w, k)) {
     const GemmTile tile = plan_tile(GemmFamily::kInt8, m, n, k, device.compute_capability, device.sm_count);
-    // The bytes as they are, but c - 128 of 8-bit codes, which is the u of kValues.
-    const Affine w_map = affine(w.grid, w.grid.bits == 8 ? Layout::kValues : w.layout);
-    const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, false), w_map, bias, y, dtype, m, n, k);
-    if (tile.wgmma && !epilogue.sums_values()) return gemm_int8_wgmma(op, tile, a, w, epilogue, k, device, stream);
+    if (tile.wgmma) return gemm_int8_wgmma(op, tile, a, w, output, k, device, stream);
   }
   const GemmTile tile = plan_mma_sync(GemmFamily::kInt8, m, n, device.sm_count);
-  const IntegerEpilogue epilogue =
-      integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, is_fp4(w)), bias, y, dtype, m, n, k);
+  const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, is_fp4(w)), output, k);
   launch_int8<SkinnyBytes, SkinnyBytes, ByteLoader, ByteLoader>(op, tile, byte_rows(a, m, k), byte_rows(w, n, k), k, epilogue, stream);
 }
 

@@ -3,10 +3,11 @@
 
 namespace quest::cuda {
 
-void gemm_planes_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const IntegerEpilogue& epilogue, int64_t k,
+void gemm_planes_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const Output& output, int64_t k,
                        const Device& device, cudaStream_t stream) {
   WgmmaProblem problem{};
-  problem.epilogue = epilogue;
+  problem.epilogue = integer_epilogue(a, w, affine(a.grid, Layout::kPlanes), affine(w.grid, Layout::kPlanes), output, k);
+  problem.unit = 1.0f;
   launch_wgmma<WgmmaBits, ByteFragments, 1>(op, tile, a, w, problem, k, device, stream);
 }
 

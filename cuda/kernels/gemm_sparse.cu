@@ -50,15 +50,16 @@ void gemm_sparse(const Operand& a, const Operand& w, const float* bias, void* y,
   check_gemm_depth(op, a.grid, w.grid, k);
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
+  const Output output = make_output(y, dtype, bias, m, n);
   const GemmTile tile = plan_mma_sync(GemmFamily::kSparse, m, n, device.sm_count);
   const SparseRows w_rows = sparse_rows(op, w, n, k);
   const bool looks_up = is_fp4(a) || is_fp4(w);
   if (a.layout == Layout::kPacked) {
-    const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, looks_up), operand_affine(w, true), bias, y, dtype, m, n, k);
+    const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, looks_up), operand_affine(w, true), output, k);
     launch_tile<MmaInt8, NibbleLoader, SparseLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, steps_of(k), epilogue,
                                                      stream);
   } else {
-    const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, true), bias, y, dtype, m, n, k);
+    const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, true), output, k);
     launch_tile<MmaInt8, ByteLoader, SparseLoader>(op, tile, byte_rows(a, m, k), w_rows, steps_of(k), epilogue, stream);
   }
 }

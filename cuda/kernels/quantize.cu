@@ -383,6 +383,8 @@ __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ B
   const bool exists = row < problem.rows && block < problem.blocks;
   const int64_t row_block = row * problem.blocks + block;
 
+  dependents_may_launch();
+  wait_for_prerequisites();
   Raw raw[4];
   const uint8_t* source = problem.x + (row_block * (kQuadBlock / kChunk) + 2 * quad_lane) * Raw::kBytes;
 #pragma unroll
@@ -504,7 +506,7 @@ __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ B
 }
 
 // Runs quantize_blocks_kernel if this problem is one for it.
-bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& problem, int sm_count, cudaStream_t stream) {
+bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& problem, const Device& device, cudaStream_t stream) {
   const GridKind kind = quantizer.grid.kind;
   const bool suits = kind != GridKind::kFp4 && kind != GridKind::kGauss && !problem.sparse && problem.k > 0 &&
                      problem.k % kQuadBlock == 0 && problem.k <= kMaxRowWarps * kWarpBlocks * kQuadBlock && is_aligned(problem.x, 16) &&
@@ -561,11 +563,11 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   // A row a thread block: rows then finish, and others start, without waiting. Only rows of one warp share a block, since a multiprocessor
   // holds fewer blocks than such rows; not where that would leave multiprocessors idle.
   int block_rows = warps == 1 ? 8 : 1;
-  while (block_rows > 1 && problem.rows / block_rows < sm_count) block_rows /= 2;
+  while (block_rows > 1 && problem.rows / block_rows < device.sm_count) block_rows /= 2;
   const dim3 threads(static_cast<unsigned>(warps * kWarpSize), static_cast<unsigned>(block_rows));
   const dim3 thread_blocks = grid_of(op, (problem.rows + block_rows - 1) / block_rows);
   with_dtype(problem.dtype, [&](auto type) {
-    auto run = [&](auto kernel) { launch(op, kernel, thread_blocks, threads, 0, stream, blocks); };
+    auto run = [&](auto kernel) { launch_with({1, device.waits()}, op, kernel, thread_blocks, threads, 0, stream, blocks); };
     rotate ? run(quantize_blocks_kernel<type(), true>) : run(quantize_blocks_kernel<type(), false>);
   });
   return true;
@@ -587,7 +589,7 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   check(sparse == (output.index != nullptr), op, ": expected output.index ", sparse ? "for" : "to be nullptr without",
         " 4:8 sparsity; pass what the quantizer has");
   if (rows == 0) return;
-  const int sm_count = current_device(op).sm_count;
+  const Device device = current_device(op);
   if (layout == Layout::kPacked) check_aligned(op, "codes", output.codes);
 
   const int64_t block = quantizer.rotation == Rotation::kHadamard && k > 0 ? default_block(k) : 1;
@@ -613,7 +615,7 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   problem.vectorized_input = is_aligned(x, 16) && k * element_size(dtype) % 16 == 0;
   problem.vectorized_codes = is_aligned(output.codes, 8) && k % 8 == 0;
 
-  if (quantize_blocks(op, quantizer, problem, sm_count, stream)) return;
+  if (quantize_blocks(op, quantizer, problem, device, stream)) return;
 
   // Chunks a thread: as few as keep a row within 256, then 512 threads.
   const int64_t held = chunks <= 256 ? 1 : chunks <= 1024 ? 2 : chunks <= 2048 ? 4 : 8;
