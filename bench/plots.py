@@ -137,8 +137,8 @@ def share_figure(products: dict[str, list[Row]], machine: str) -> Figure:
                 axis.plot(*series[f"{n} × {k}"], label=f"{n} × {k}", markersize=4, **look(i))
         axis.axhline(1, color="#666666", linewidth=1)
         axis.set_title(name, fontsize=10)
-        axis.set_ylim(bottom=0)
         m_axis(axis, named)
+    axes[0].set_ylim(bottom=0)
     for axis in axes[::columns]:
         axis.set_ylabel("share of the limit")
     shared_legend(figure, axes, "layer, N × K")
@@ -181,8 +181,8 @@ def speedup_figure(name: str, rows: list[Row], machine: str) -> Figure:
                 axis.plot(*series[backend], label=backend, markersize=4, **look(LOOKS[backend]))
         axis.axhline(1, color="#666666", linewidth=1)
         axis.set_title(f"N × K = {n} × {k}", fontsize=9)
-        axis.set_ylim(bottom=0)
         m_axis(axis, mine)
+    axes[0].set_ylim(bottom=0)  # shared, and only now: it fixes the top as well
     for axis in axes[::columns]:
         axis.set_ylabel("speed-up over bf16")
     shared_legend(figure, axes)
