@@ -56,7 +56,7 @@ def plan_linear(a: Quantizer | None, w: Quantizer | None) -> LinearPlan:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" has no autocast
+    if device != "meta" and torch.is_autocast_enabled(device):  # "meta" has no autocast, and asking for it is an error
         return torch.get_autocast_dtype(device)
     return x.dtype
 

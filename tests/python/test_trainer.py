@@ -322,8 +322,8 @@ def one_thread() -> Iterator[None]:
 
 def environment() -> dict[str, str]:
     """One thread for each process, as the tests share few cores, and the package under test."""
-    path = str(Path(quest.__file__).parents[1])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    paths = [str(Path(quest.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def start(config_file: Path, *options: str) -> subprocess.Popen[str]:
