@@ -6,8 +6,7 @@
 namespace quest::bindings {
 
 Shape codes_shape(const Quantizer& quantizer, Layout layout, const Shape& lead, int64_t k) {
-  const bool keeps_half = quantizer.sparsity == Sparsity::kFourEight && layout != Layout::kValues;
-  Shape shape = with_last(lead, row_bytes(layout, keeps_half ? k / 2 : k));
+  Shape shape = with_last(lead, row_bytes(layout, stored_codes(quantizer, layout, k)));
   if (layout == Layout::kPlanes) shape.insert(shape.begin(), quantizer.grid.bits);
   return shape;
 }
@@ -17,19 +16,6 @@ namespace {
 bool is_sparse(const Quantizer& quantizer) { return quantizer.sparsity == Sparsity::kFourEight; }
 
 ScalarType codes_dtype(Layout layout) { return layout == Layout::kValues ? ScalarType::Char : ScalarType::Byte; }
-
-void check_layout(const char* op, const Quantizer& quantizer, Layout layout, int64_t k) {
-  const std::string grid = to_string(quantizer.grid);
-  check(layout != Layout::kValues || has_values(quantizer.grid), op, ": layout \"values\" needs a grid of integers, got ", grid,
-        "; use \"codes\"");
-  check(layout != Layout::kPacked || quantizer.grid.bits <= 4, op, ": layout \"packed\" holds at most 4 bits, got ", grid,
-        "; use \"codes\"");
-  check(!is_sparse(quantizer) || layout != Layout::kPlanes, op, ": 4:8 sparse codes have no layout \"planes\"; use \"packed\"");
-  // 8-bit values are c - 128, among which no 0 is left to mean a pruned element.
-  check(!is_sparse(quantizer) || layout != Layout::kValues || quantizer.grid.bits < 8, op,
-        ": 4:8 sparse 8-bit codes have no layout \"values\"; use \"codes\"");
-  check(!is_sparse(quantizer) || k % 8 == 0, op, ": 4:8 sparsity needs a last dimension divisible by 8, got ", k);
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& x, std::string quantizer, std::string layout, bool mask) {
   Quantized result = quantize("quantize", x, parse_quantizer(quantizer), parse_layout(layout), mask);
@@ -41,7 +27,8 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, std::optional<Tensor
   const char* op = "dequantize";
   const Quantizer quantizer = parse_quantizer(quantizer_text);
   const Layout layout = parse_layout(layout_text);
-  check_layout(op, quantizer, layout, k);
+  check_layout(op, quantizer, layout, product(shape_of(scale)), k);
+  check_index(op, quantizer, index.has_value());
   const DType out = real_dtype(op, "dtype", dtype);
   const Shape lead = shape_of(scale);
   check_dtype(op, "codes", codes, {codes_dtype(layout)});
@@ -51,7 +38,6 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, std::optional<Tensor
   check_dtype(op, "scale", scale, {ScalarType::Float});
   check_same_device(op, "scale", scale, "codes", codes);
   const bool needs_index = is_sparse(quantizer);
-  check(!needs_index || index.has_value(), op, ": quantizer ", quantizer_text, " is 4:8 sparse: pass the index that quantize returned");
   if (needs_index) {
     check_dtype(op, "index", *index, {ScalarType::Byte});
     check_shape(op, "index", *index, with_last(lead, index_row_bytes(k)));
@@ -93,8 +79,8 @@ Quantized quantize(const char* op, const Tensor& x, const Quantizer& quantizer, 
   check_rank(op, "x", x, 1);
   const DType dtype = real_dtype(op, "x", x.scalar_type());
   const int64_t k = x.size(x.dim() - 1);
-  check_layout(op, quantizer, layout, k);
   const Shape lead = lead_shape(x);
+  check_layout(op, quantizer, layout, product(lead), k);
   const Tensor input = readable(x);
   Quantized result{
       empty_on(x, codes_shape(quantizer, layout, lead, k), codes_dtype(layout)),

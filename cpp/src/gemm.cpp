@@ -49,7 +49,7 @@ void check_index(const char* op, const Operand& w, bool sparse) {
 
 // The bytes of a: signed integers u with v = mul u + add, every stored byte or nibble by table.
 void set_a_bytes(const Operand& a, GemmTask& task) {
-  Affine value{1, 0, 0};
+  Affine value{1, 0};
   if (a.layout == Layout::kValues) {
     value = affine(a.grid, Layout::kValues);
     for (int32_t byte = 0; byte < 256; ++byte) task.a_table[byte] = static_cast<uint8_t>(byte);
@@ -67,7 +67,7 @@ void set_a_bytes(const Operand& a, GemmTask& task) {
 void set_w_bytes(const Operand& w, GemmTask& task) {
   const int32_t top = max_value(w.grid);
   const bool values = w.layout == Layout::kValues;
-  Affine value{1, -top, 0};
+  Affine value{1, -top};
   task.w_zero = static_cast<uint8_t>(top);
   if (values && w.grid.bits == 8) {
     value = affine(w.grid, Layout::kCodes);

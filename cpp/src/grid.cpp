@@ -86,12 +86,12 @@ Affine affine(Grid grid, Layout layout) {
   const bool stores_values = layout == Layout::kValues;
   if (grid.kind == GridKind::kFp4) {
     check(stores_values, "affine: expected layout values for fp4, got ", to_string(layout), "; look the values up first");
-    return {1, 0, 0};
+    return {1, 0};
   }
   const bool step_two = grid.kind == GridKind::kInt;
-  if (!stores_values) return {step_two ? 2 : 1, code_value(grid, 0), 0};
-  if (grid.bits == 8) return {step_two ? 2 : 1, code_value(grid, 128), 128};
-  return {1, 0, 0};
+  if (!stores_values) return {step_two ? 2 : 1, code_value(grid, 0)};
+  if (grid.bits == 8) return {step_two ? 2 : 1, code_value(grid, 128)};
+  return {1, 0};
 }
 
 double default_trust(Grid grid) {

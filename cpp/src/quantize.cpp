@@ -9,7 +9,6 @@
 #include "quest/rotation.h"
 
 namespace quest {
-namespace {
 
 void check_layout(const char* op, const Quantizer& quantizer, Layout layout, int64_t rows, int64_t k) {
   check_grid(quantizer.grid);
@@ -21,18 +20,24 @@ void check_layout(const char* op, const Quantizer& quantizer, Layout layout, int
   if (quantizer.sparsity == Sparsity::kNone) return;
   check(k % 8 == 0, op, ": expected 8 to divide the last dimension of a 4:8 sparse quantizer, got ", k, "; pad it, or drop the sparsity");
   check(layout != Layout::kPlanes, op, ": expected layout codes, values or packed for a 4:8 sparse quantizer, got planes; use packed");
+  // 8-bit values are c - 128, among which no 0 is left to mean a pruned element.
+  check(layout != Layout::kValues || quantizer.grid.bits < 8, op,
+        ": expected less than 8 bits for layout values of a 4:8 sparse quantizer, got ", to_string(quantizer.grid), "; use layout codes");
+}
+
+void check_index(const char* op, const Quantizer& quantizer, bool has_index) {
+  const bool sparse = quantizer.sparsity == Sparsity::kFourEight;
+  check(sparse == has_index, op, ": expected ", sparse ? "an index" : "no index", " for quantizer ", to_string(quantizer), ", got ",
+        has_index ? "one" : "none", "; pass the index that quantize gave, where it gave one");
 }
 
 int64_t rotation_block(const Quantizer& quantizer, int64_t k) {
   return quantizer.rotation == Rotation::kHadamard && k > 0 ? default_block(k) : 1;
 }
 
-// How many codes a row stores.
 int64_t stored_codes(const Quantizer& quantizer, Layout layout, int64_t k) {
   return quantizer.sparsity == Sparsity::kFourEight && layout != Layout::kValues ? k / 2 : k;
 }
-
-}  // namespace
 
 void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dtype, int64_t rows, int64_t k, const QuantizeOutput& output,
               const ParallelFor& parallel_for) {
@@ -44,8 +49,7 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   task.k = k;
   task.block = rotation_block(quantizer, k);
   task.sparse = quantizer.sparsity == Sparsity::kFourEight;
-  check(task.sparse == (output.index != nullptr), "quantize: expected output.index ", task.sparse ? "for" : "to be nullptr without",
-        " 4:8 sparsity; pass what the quantizer has");
+  check_index("quantize", quantizer, output.index != nullptr);
   task.grid = grid;
   task.params = quantize_params(quantizer);
   task.layout = layout;
@@ -90,9 +94,7 @@ void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, co
   DequantizeTask task{};
   task.codes = static_cast<const uint8_t*>(codes);
   task.scale = scale;
-  const bool sparse = quantizer.sparsity == Sparsity::kFourEight;
-  check(sparse == (index != nullptr), "dequantize: expected index ", sparse ? "for" : "to be nullptr without",
-        " 4:8 sparsity; pass the index that quantize gave");
+  check_index("dequantize", quantizer, index != nullptr);
   task.index = index;
   task.y = y;
   task.dtype = dtype;

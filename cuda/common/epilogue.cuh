@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_element(const Epilogue& epilogue, int64_t 
 
 // v = mul u + add for the u that operands.cuh makes.
 inline Affine operand_affine(const Operand& operand, bool as_values) {
-  if (as_values) return {1, 0, 0};
+  if (as_values) return {1, 0};
   const bool bytes = operand.layout == Layout::kCodes || operand.layout == Layout::kValues;
   return affine(operand.grid, bytes ? Layout::kValues : operand.layout);
 }

@@ -96,16 +96,8 @@ __global__ __launch_bounds__(kRowsThreads) void dequantize_kernel(const __grid_c
 void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, const float* scale, const uint8_t* index, void* y,
                 DType dtype, int64_t rows, int64_t k, cudaStream_t stream) {
   const char* op = "dequantize";
-  check_grid(quantizer.grid);
-  check(layout != Layout::kValues || has_values(quantizer.grid), op, ": expected a grid with integer values for layout values, got ",
-        to_string(quantizer.grid), "; use layout codes");
-  check(layout != Layout::kPacked || quantizer.grid.bits <= 4, op, ": expected at most 4 bits for layout packed, got ",
-        to_string(quantizer.grid), "; use layout codes");
-  const bool sparse = quantizer.sparsity == Sparsity::kFourEight;
-  check(sparse == (index != nullptr), op, ": expected index ", sparse ? "for" : "to be nullptr without",
-        " 4:8 sparsity; pass the index that quantize gave");
-  check(!sparse || (layout != Layout::kPlanes && k % 8 == 0), op,
-        ": expected 8 to divide k and a layout other than planes for 4:8 sparsity, got k = ", k, ", layout ", to_string(layout));
+  check_layout(op, quantizer, layout, rows, k);
+  check_index(op, quantizer, index != nullptr);
   if (rows == 0 || k == 0) return;
   current_device(op);
   if (layout == Layout::kPacked) check_aligned(op, "codes", codes);
@@ -116,7 +108,8 @@ void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, co
   problem.codes = static_cast<const uint8_t*>(codes);
   problem.scale = scale;
   problem.index = index;
-  problem.half = sparse && layout != Layout::kValues;
+  const int64_t stored = stored_codes(quantizer, layout, k);
+  problem.half = stored < k;
   problem.y = y;
   problem.layout = layout;
   problem.bits = quantizer.grid.bits;
@@ -124,7 +117,7 @@ void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, co
   problem.rows = rows;
   problem.k = k;
   problem.warps_a_row = warps_of_row(k);
-  problem.code_row_bytes = row_bytes(layout, problem.half ? k / 2 : k);
+  problem.code_row_bytes = row_bytes(layout, stored);
   problem.index_row_bytes = index_row_bytes(k);
   problem.value_mul = static_cast<float>(value.mul);
   problem.value_add = static_cast<float>(value.add);

@@ -18,12 +18,12 @@ void gemm_int4_wgmma(const char* op, const GemmTile& tile, const Operand& a, con
   WgmmaProblem problem{};
   problem.unit = 1.0f;
   if (w.grid == Grid{GridKind::kInt, 4} && fits_in_eighths(a, k)) {
-    problem.epilogue = integer_epilogue(a, w, a_map, {1, 0, 0}, output, k);
+    problem.epilogue = integer_epilogue(a, w, a_map, {1, 0}, output, k);
     problem.epilogue.w.weight *= 8;  // everything in eighths
     problem.unit = 0.125f;
     launch_wgmma<WgmmaInt8, NibbleFragments<WidenInt4>, 2>(op, tile, a, w, problem, k, device, stream);
   } else if (is_fp4(a) || is_fp4(w)) {
-    problem.epilogue = integer_epilogue(a, w, a_map, {1, 0, 0}, output, k);
+    problem.epilogue = integer_epilogue(a, w, a_map, {1, 0}, output, k);
     problem.table = value_table(w.grid);
     launch_wgmma<WgmmaInt8, NibbleFragments<WidenByTable>, 2>(op, tile, a, w, problem, k, device, stream);
   } else {

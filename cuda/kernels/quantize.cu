@@ -578,22 +578,14 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
 void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dtype, int64_t rows, int64_t k, const QuantizeOutput& output,
               cudaStream_t stream) {
   const char* op = "quantize";
-  const bool sparse = quantizer.sparsity == Sparsity::kFourEight;
   const QuantizeParams params = quantize_params(quantizer);
-  check(layout != Layout::kValues || has_values(quantizer.grid), op, ": expected a grid with integer values for layout values, got ",
-        to_string(quantizer.grid), "; use layout codes");
-  check(layout != Layout::kPacked || quantizer.grid.bits <= 4, op, ": expected at most 4 bits for layout packed, got ",
-        to_string(quantizer.grid), "; use layout codes");
-  check(!sparse || (layout != Layout::kPlanes && k % 8 == 0), op,
-        ": expected 8 to divide k and a layout other than planes for 4:8 sparsity, got k = ", k, ", layout ", to_string(layout));
-  check(sparse == (output.index != nullptr), op, ": expected output.index ", sparse ? "for" : "to be nullptr without",
-        " 4:8 sparsity; pass what the quantizer has");
+  check_layout(op, quantizer, layout, rows, k);
+  check_index(op, quantizer, output.index != nullptr);
   if (rows == 0) return;
   const Device device = current_device(op);
   if (layout == Layout::kPacked) check_aligned(op, "codes", output.codes);
 
-  const int64_t block = quantizer.rotation == Rotation::kHadamard && k > 0 ? default_block(k) : 1;
-  const bool keeps_half = sparse && layout != Layout::kValues;
+  const int64_t block = rotation_block(quantizer, k);
   // To the end of the padding of masks, planes and indices, of whose rows 16 bytes are at most 32 chunks.
   const int64_t chunks = round_up(k, kWarpSize * kChunk) / kChunk;
   Problem problem{};
@@ -602,12 +594,12 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   problem.rows = rows;
   problem.k = k;
   problem.chunks = chunks;
-  problem.code_row_bytes = row_bytes(layout, keeps_half ? k / 2 : k);
+  problem.code_row_bytes = row_bytes(layout, stored_codes(quantizer, layout, k));
   problem.mask_row_bytes = plane_row_bytes(k);
   problem.index_row_bytes = index_row_bytes(k);
   problem.block = static_cast<int>(block);
   problem.factor = 1.0f / std::sqrt(static_cast<float>(block));
-  problem.sparse = sparse;
+  problem.sparse = quantizer.sparsity == Sparsity::kFourEight;
   problem.params = params;
   problem.layout = layout;
   problem.bits = quantizer.grid.bits;

@@ -95,7 +95,7 @@ void quantize_backward(const Quantizer& quantizer, const void* grad, const uint8
   check_grid(quantizer.grid);
   if (rows == 0 || k == 0) return;
   current_device(op);
-  const int64_t block = quantizer.rotation == Rotation::kHadamard ? default_block(k) : 1;
+  const int64_t block = rotation_block(quantizer, k);
   const bool rotate_first = quantizer.original && block > 1;
   const float factor = 1.0f / std::sqrt(static_cast<float>(block));
   const bool aligned = is_aligned(grad, 16) && is_aligned(dx, 16);

@@ -168,7 +168,8 @@ void expect_follows(const Output& out, const std::vector<uint8_t>& x, DType dtyp
 
 std::vector<Layout> layouts_of(const Quantizer& q) {
   std::vector<Layout> layouts = {Layout::kCodes};
-  if (has_values(q.grid)) layouts.push_back(Layout::kValues);
+  const bool has_zero = q.sparsity == Sparsity::kNone || q.grid.bits < 8;  // 8-bit values leave none for the pruned
+  if (has_values(q.grid) && has_zero) layouts.push_back(Layout::kValues);
   if (q.grid.bits <= 4) layouts.push_back(Layout::kPacked);
   if (q.sparsity == Sparsity::kNone) layouts.push_back(Layout::kPlanes);
   return layouts;
@@ -414,8 +415,10 @@ TEST(Quantize, Errors) {
   const Quantizer sparse = parse_quantizer("int4-none-4:8-ste");
   EXPECT_CONTAINS(error_text([&] { dequantize(sparse, Layout::kPlanes, x, x, nullptr, x, DType::kFloat32, 1, 8, serial_for); }),
                   "got planes; use packed");
+  EXPECT_CONTAINS(error_text([&] { check_layout("quantize", parse_quantizer("int8-none-4:8-ste"), Layout::kValues, 1, 8); }),
+                  "quantize: expected less than 8 bits for layout values of a 4:8 sparse quantizer, got int8");
   EXPECT_CONTAINS(error_text([&] { dequantize(sparse, Layout::kPacked, x, x, nullptr, x, DType::kFloat32, 1, 8, serial_for); }),
-                  "dequantize: expected index for 4:8 sparsity");
+                  "dequantize: expected an index for quantizer int4-none-4:8-ste, got none");
 }
 
 }  // namespace

@@ -132,16 +132,20 @@ BAD_CALLS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "quantize dtype": (lambda x: ops.quantize(x.long(), INT4), "quantize: expected x of dtype .* got Long"),
     "quantize gauss values": (
         lambda x: ops.quantize(x, Quantizer("gauss"), "values"),
-        'quantize: layout "values" needs a grid of integers, got gauss4; use "codes"',
+        'quantize: expected a grid with integer values for layout values, got gauss4; use layout codes',
     ),
     "quantize packed int5": (
         lambda x: ops.quantize(x, Quantizer(bits=5), "packed"),
-        'quantize: layout "packed" holds at most 4 bits, got int5; use "codes"',
+        'quantize: expected at most 4 bits for layout packed, got grid int5; use layout codes or planes',
     ),
-    "quantize sparse planes": (lambda x: ops.quantize(x, SPARSE, "planes"), 'no layout "planes"; use "packed"'),
+    "quantize sparse planes": (lambda x: ops.quantize(x, SPARSE, "planes"), "sparse quantizer, got planes; use packed"),
+    "quantize sparse values": (
+        lambda x: ops.quantize(x, Quantizer.parse("int8-none-4:8-ste"), "values"),
+        "quantize: expected less than 8 bits for layout values of a 4:8 sparse quantizer, got int8; use layout codes",
+    ),
     "quantize sparse k": (
         lambda x: ops.quantize(x[:, :90], SPARSE),
-        "quantize: 4:8 sparsity needs a last dimension divisible by 8, got 90",
+        "quantize: expected 8 to divide the last dimension of a 4:8 sparse quantizer, got 90",
     ),
     "dequantize shape": (
         lambda x: ops.dequantize(*ops.quantize(x[:, :90], INT4)[:2], None, INT4, "codes", 96, FLOAT),
@@ -157,7 +161,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     ),
     "dequantize without index": (
         lambda x: ops.dequantize(*ops.quantize(x, SPARSE)[:2], None, SPARSE, "codes", 96, FLOAT),
-        "dequantize: .* is 4:8 sparse: pass the index",
+        "dequantize: expected an index for quantizer .*, got none; pass the index",
     ),
     "backward mask shape": (
         lambda x: ops.quantize_backward(x, ops.quantize(x[:2], INT4).mask, INT4),

@@ -41,12 +41,9 @@ int32_t max_value(Grid grid);
 
 // v = mul * u + add for the integer u that a layout stores (kValues: u = v, but 2u + 1 at 8 bits; kCodes, kPacked, kPlanes: u = c).
 // Not for fp4 codes, whose values are not an affine function of the code: table look-up first, then mul = 1, add = 0.
-// sum_offset: where u is c or, in 8-bit kValues, c - 128: sum of u = code_sum - sum_offset * K (128 there, else 0). The sum of narrower
-// kValues does not follow from code_sum this way.
 struct Affine {
   int32_t mul;
   int32_t add;
-  int32_t sum_offset;
 };
 Affine affine(Grid grid, Layout layout);
 

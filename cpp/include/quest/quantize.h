@@ -25,6 +25,14 @@ struct QuantizeOutput {
   uint8_t* index;     // [rows, index_row_bytes(K)] for a sparse quantizer, else nullptr
 };
 
+// What both backends check of quantize and dequantize, in the name of `op`; throws quest::Error. has_index: a 4:8 index was given.
+void check_layout(const char* op, const Quantizer& quantizer, Layout layout, int64_t rows, int64_t k);
+void check_index(const char* op, const Quantizer& quantizer, bool has_index);
+
+// The block of the rotation of k values; 1: none. How many codes a row stores: half of them where it is 4:8 sparse.
+int64_t rotation_block(const Quantizer& quantizer, int64_t k);
+int64_t stored_codes(const Quantizer& quantizer, Layout layout, int64_t k);
+
 // x: [rows, k] of dtype, contiguous. Sparse: 8 must divide k, layout is not kPlanes. kValues: not for gauss. kPacked: at most 4 bits.
 void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dtype, int64_t rows, int64_t k, const QuantizeOutput& output,
               const ParallelFor& parallel_for);
