@@ -132,11 +132,11 @@ BAD_CALLS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "quantize dtype": (lambda x: ops.quantize(x.long(), INT4), "quantize: expected x of dtype .* got Long"),
     "quantize gauss values": (
         lambda x: ops.quantize(x, Quantizer("gauss"), "values"),
-        'quantize: expected a grid with integer values for layout values, got gauss4; use layout codes',
+        "quantize: expected a grid with integer values for layout values, got gauss4; use layout codes",
     ),
     "quantize packed int5": (
         lambda x: ops.quantize(x, Quantizer(bits=5), "packed"),
-        'quantize: expected at most 4 bits for layout packed, got grid int5; use layout codes or planes',
+        "quantize: expected at most 4 bits for layout packed, got grid int5; use layout codes or planes",
     ),
     "quantize sparse planes": (lambda x: ops.quantize(x, SPARSE, "planes"), "sparse quantizer, got planes; use packed"),
     "quantize sparse values": (
