@@ -122,6 +122,7 @@ py::dict plan_tile(const std::string& family, int64_t m, int64_t n, int64_t k, i
   result["block_m"] = tile.block_m;
   result["block_n"] = tile.block_n;
   result["block_k"] = tile.block_k;
+  result["cluster"] = tile.cluster;
   result["split_k"] = tile.split_k;
   result["reason"] = tile.reason;
   return result;

@@ -36,7 +36,7 @@ constexpr TileRow kWgmma16 = {16, 128, "wgmma_m16n128",
                               "at most 16 rows: bound by the bytes of w, which are read once; thread blocks of a cluster share K"};
 // Time of a tile of 128 rows, in that of one of 256: it copies more bytes for each product and hides less latency (measured on an H100).
 constexpr double kWgmma128Time = 0.7;
-constexpr int32_t kMaxSplit = 8;         // thread blocks of a cluster that every GPU can place
+constexpr int32_t kMaxSplit = 4;         // 8 cost 9 us (H100) where 4 cost 3: the GPU places such clusters slowly
 constexpr int32_t kMinStages = 4;        // stages a thread block takes at least, so that sums of few stages are not split further
 constexpr int32_t kSplitBlocksOfSm = 2;  // thread blocks that a multiprocessor holds of the split kernels
 
@@ -58,8 +58,10 @@ int64_t waves(int64_t tiles, int64_t at_once) { return (tiles + at_once - 1) / a
 
 GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
   const int32_t block_k = 2 * elements_of_64_bytes(family);
-  auto tile = [&](const TileRow& row, int32_t split) {
-    return GemmTile{row.kernel, true, row.block_m, row.block_n, block_k, split, row.reason};
+  // Blocks in pairs copy less of a each; tiles of bits are too short to wait for each other.
+  const int32_t pair = family == GemmFamily::kPlanes ? 1 : 2;
+  auto tile = [&](const TileRow& row, int32_t cluster, int32_t split) {
+    return GemmTile{row.kernel, true, row.block_m, row.block_n, block_k, cluster, split, row.reason};
   };
   const bool few_tiles = m <= 2 * kWgmma64.block_m && 2 * tiles(kWgmma128, m, n) <= sm_count;
   if (m <= kWgmma64.block_m || few_tiles) {
@@ -69,11 +71,12 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
     while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages && 2 * split * tiles(row, m, n) <= kSplitBlocksOfSm * sm_count) {
       split *= 2;
     }
-    return tile(row, split);
+    return tile(row, 1, split);
   }
-  const double time_256 = static_cast<double>(waves(tiles(kWgmma256, m, n), sm_count));
+  const TileRow pairs = {kWgmma256.block_m, pair * kWgmma256.block_n, "", ""};
+  const double time_256 = static_cast<double>(waves(tiles(pairs, m, n), std::max(1, sm_count / pair)));
   const double time_128 = kWgmma128Time * static_cast<double>(waves(tiles(kWgmma128, m, n), sm_count));
-  return tile(time_128 < time_256 ? kWgmma128 : kWgmma256, 1);
+  return time_128 < time_256 ? tile(kWgmma128, 1, 1) : tile(kWgmma256, pair, 1);
 }
 
 }  // namespace
@@ -132,7 +135,7 @@ GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count
   const bool skinny = m <= kSkinny.block_m && has_skinny(family);
   const TileRow& row = skinny ? kSkinny : tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
   // The skinny kernels take slices of 128 columns, the others 64 bytes of a row.
-  return {row.kernel, false, row.block_m, row.block_n, skinny ? 128 : elements_of_64_bytes(family), 1, row.reason};
+  return {row.kernel, false, row.block_m, row.block_n, skinny ? 128 : elements_of_64_bytes(family), 1, 1, row.reason};
 }
 
 }  // namespace quest

@@ -17,19 +17,25 @@ inline void check_cuda(const char* op, cudaError_t error) {
 struct Device {
   int32_t compute_capability;  // 90 for 9.0
   int32_t sm_count;
-
-  bool waits() const { return compute_capability == 90; }
+  int64_t shared_bytes;  // a thread block can ask for
+  bool hopper_code;      // the code of sm_90a runs here: it was built, and this is 9.0
 };
 
 // The current device; throws unless the kernels run on it.
 inline Device current_device(const char* op) {
-  int device = 0, major = 0, minor = 0, sm_count = 0;
+#ifdef QUEST_HAS_SM90A
+  constexpr bool kHasHopperCode = true;
+#else
+  constexpr bool kHasHopperCode = false;
+#endif
+  int device = 0, major = 0, minor = 0, sm_count = 0, shared_bytes = 0;
   check_cuda(op, cudaGetDevice(&device));
   check_cuda(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   check_cuda(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   check_cuda(op, cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
+  check_cuda(op, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check(major >= 8, op, ": expected a GPU of compute capability 8.0 or later, got ", major, ".", minor, "; move the tensors to the CPU");
-  return {10 * major + minor, sm_count};
+  return {10 * major + minor, sm_count, shared_bytes, kHasHopperCode && major == 9 && minor == 0};
 }
 
 inline void check_aligned(const char* op, const char* argument, const void* pointer) {
@@ -46,8 +52,8 @@ inline dim3 grid_of(const char* op, int64_t blocks) {
 }
 
 // What a launch may ask for beyond its grid. cluster: thread blocks of a cluster along x. dependent: it may start before the kernel before
-// it in the stream has ended, for it waits for that itself (ptx.cuh: wait_for_prerequisites): only where the code that runs is that of
-// sm_90a, Device::waits, since older code has no such instruction.
+// it in the stream has ended, for it waits for that itself (ptx.cuh: wait_for_prerequisites): only where Device::hopper_code, since older
+// code has no such instruction.
 struct LaunchOptions {
   int cluster = 1;
   bool dependent = false;

@@ -6,12 +6,12 @@
 // BLOCK_M rows are the instruction's N, which may be small. The accumulators hold y transposed; stmatrix turns it on its way to the copy
 // engine. A stage holds 128 bytes of every row of a: 128 int8 or 1024 bits.
 //
-// Clusters, two kinds. Large products: the blocks of a cluster take neighbouring columns of y and the same rows, and each copies its share
-// of a to all of them. Small products (SPLIT), whose tiles are fewer than the multiprocessors: the blocks share one tile along K, and the
-// first adds the integers of the others from their shared memory: no workspace, no second launch, the same bits in any order.
+// Clusters, two kinds. Large products of bytes: the blocks of a cluster take neighbouring columns of y and the same rows, and each copies
+// its share of a to all of them (of bits, whose tiles are short, each copies all: to wait for each other costs more). Small products
+// (SPLIT), whose tiles are fewer than the multiprocessors: the blocks share one tile along K, and the first adds the integers of the others
+// from their shared memory: no workspace, no second launch, the same bits in any order.
 //
-// Bit planes: one pass over K for each plane pair (i, j), by falling i + j; the accumulators double whenever i + j falls (Horner's rule for
-// sum 2^(i+j) P_ij), so one set of accumulators is enough.
+// Bit planes: one pass over K for each pair of planes (steps.cuh).
 //
 // What bounds it (H100): a loop of 4-bit weights runs at 95 % of the wgmma ceiling when its data are there; copies cost about 10 % of that
 // and the epilogue, of 4 to 6 instructions a value, about 3000 cycles a tile. CHANGELOG has what was tried.
@@ -32,15 +32,15 @@ namespace quest::cuda {
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kMultipliers = 2;  // warpgroups
 inline constexpr int kWgmmaThreads = (1 + kMultipliers) * kWarpgroup;
-inline constexpr int kWgmmaN = 64 * kMultipliers;    // rows of w a block
-inline constexpr int kStageRowBytes = 128;           // of a: what the 128-byte swizzle covers
-inline constexpr int kPieces = kStageRowBytes / 32;  // instructions a stage
+inline constexpr int kWgmmaN = 64 * kMultipliers;               // rows of w a block
+inline constexpr int kStageRowBytes = 128;                      // of a: what the 128-byte swizzle covers
+inline constexpr int kStageInstructions = kStageRowBytes / 32;  // instructions a stage
 // y waits for the copy engine in pieces of some rows by the 64 columns of a warpgroup, 2 bytes each.
 inline constexpr int kStoreRowBytes = 128;
 inline constexpr int kStoreRows = 64;
 // Neighbouring tiles: 8 down y, then the next columns, so that both operands of a wave stay in the L2 cache.
 inline constexpr int kWgmmaGroupM = 8;
-inline constexpr int kMaxSplit = 8;  // blocks of a cluster that every GPU can place
+inline constexpr int kMaxSplit = 8;  // blocks of a cluster that every GPU can place; the plan takes fewer
 
 struct WgmmaProblem {
   IntegerEpilogue epilogue;
@@ -64,9 +64,9 @@ struct ByteFragments {
     const int lane = threadIdx.x % 32, row = first_row + lane % 16;
     return row * kRowBytes + (lane / 16 ^ (row & 7)) * 16;
   }
-  static __device__ __forceinline__ void load(uint32_t (&words)[kPieces][4], uint32_t address, const WgmmaProblem& problem) {
+  static __device__ __forceinline__ void load(uint32_t (&words)[kStageInstructions][4], uint32_t address, const WgmmaProblem& problem) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < kStageInstructions; ++i) {
       ldmatrix_x4(words[i], address ^ i * 32);
 #pragma unroll
       for (uint32_t& word : words[i]) word ^= problem.flip;
@@ -82,9 +82,9 @@ struct NibbleFragments {
     const int lane = threadIdx.x % 32, row = first_row + lane / 4;
     return row * kRowBytes + (row >> 1 & 3) * 16 + lane % 4 * 2;  // the same swizzle for row + 8
   }
-  static __device__ __forceinline__ void load(uint32_t (&words)[kPieces][4], uint32_t address, const WgmmaProblem& problem) {
+  static __device__ __forceinline__ void load(uint32_t (&words)[kStageInstructions][4], uint32_t address, const WgmmaProblem& problem) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < kStageInstructions; ++i) {
       const uint32_t piece = address ^ i * 16;
       words[i][0] = Widen::widen(load_shared_16(piece), problem);
       words[i][1] = Widen::widen(load_shared_16(piece + 8 * kRowBytes), problem);
@@ -152,7 +152,8 @@ struct WgmmaTile {
   static constexpr int W_BYTES = kWgmmaN * Fragments::kRowBytes, A_BYTES = BLOCK_M * kStageRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int STORE_ROWS = std::min(BLOCK_M, kStoreRows);
-  // Buffers of such pieces: as many as do not cost a stage of the ring.
+  // Buffers of such pieces: with bits, whose tiles take 4 stages, one for each, so that none waits; else fewer, to keep 4 stages of
+  // nibbles.
   static constexpr int STORE_BUFFERS = std::min(BLOCK_M / STORE_ROWS, Mma::kPlanes ? 4 : Fragments::kRowBytes < kStageRowBytes ? 3 : 2);
   static constexpr int STORE_BYTES = STORE_ROWS * kStoreRowBytes;
   static constexpr int STORES_BYTES = kMultipliers * STORE_BUFFERS * STORE_BYTES;
@@ -162,8 +163,10 @@ struct WgmmaTile {
   static constexpr int STAGES = std::min((228 * 1024 / BLOCKS - 1024 - OTHER_BYTES) / STAGE_BYTES, 16);
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + OTHER_BYTES;
   static_assert(STAGES >= 3 && 2 * STAGES * 8 <= 256, "a ring of stages");
-  // Registers a thread of the copying and the multiplying warpgroups; together at most what the three were given, 65536 / 128 / BLOCKS.
+  // Registers a thread of the copying and the multiplying warpgroups; together at most what the three start with, a multiple of 8 each.
   static constexpr int COPIER_REGISTERS = BLOCKS == 1 ? 40 : 32, MULTIPLIER_REGISTERS = BLOCKS == 1 ? 232 : 104;
+  static_assert(COPIER_REGISTERS + kMultipliers * MULTIPLIER_REGISTERS <= 3 * (65536 / (kWgmmaThreads * BLOCKS) / 8 * 8),
+                "or they wait for ever");
 };
 
 struct TileCursor {
@@ -177,8 +180,8 @@ struct TileCursor {
   }
 };
 
-// A warpgroup's BLOCK_M x 64 of y through shared memory, transposed on the way, a piece of STORE_ROWS rows at a time. No warp but the one
-// that starts the copies waits for the others.
+// A warpgroup's BLOCK_M x 64 of y through shared memory, transposed on the way, a piece of STORE_ROWS rows at a time. Where each piece has
+// a buffer, no warp but the one that starts the copies waits for the others after the first.
 template <typename Tile, bool PARTS, bool BFLOAT16>
 __device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Tile::BLOCK_M / 2], uint32_t mul, const RowFactors* factors,
                                              const ColumnFactors& column, uint8_t* buffers, const CUtensorMap* y_map, int first_m,
@@ -269,7 +272,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     barrier_init_fence();
     prefetch_tensor_map(&a_map);
     prefetch_tensor_map(&w_map);
-    prefetch_tensor_map(&y_map);
+    if (problem.tensor_store) prefetch_tensor_map(&y_map);
   }
   if constexpr (kCluster) {
     cluster_sync();
@@ -334,7 +337,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     };
 
     int32_t accumulators[BLOCK_M / 2];
-    uint32_t even[kPieces][4], odd[kPieces][4];
+    uint32_t even[kStageInstructions][4], odd[kStageInstructions][4];
     for (int tile = first_tile; tile < tiles; tile += tile_stride) {
       const TileCursor at(problem, tile);
       const int first_m = at.m * BLOCK_M;
@@ -365,12 +368,12 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       Fragments::load(even, fragment_offset + stage * Tile::STAGE_BYTES, problem);
       StepCursor cursor(steps);
       // The products of the stage whose words are in `now`; meanwhile the words of the next stage are loaded.
-      auto multiply_stage = [&](int i, const uint32_t(&now)[kPieces][4], uint32_t(&next)[kPieces][4]) {
+      auto multiply_stage = [&](int i, const uint32_t(&now)[kStageInstructions][4], uint32_t(&next)[kStageInstructions][4]) {
         const uint64_t b_tile = swizzled_tile(a_tile(stage));
         wgmma_fence();
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-          Tile::Mma::mma(accumulators, now[piece], b_tile + 2 * piece, (i | piece) != 0);
+        for (int j = 0; j < kStageInstructions; ++j) {
+          Tile::Mma::mma(accumulators, now[j], b_tile + 2 * j, (i | j) != 0);
         }
         wgmma_commit();
         const int previous = (stage == 0 ? STAGES : stage) - 1;
@@ -382,6 +385,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
           Fragments::load(next, fragment_offset + stage * Tile::STAGE_BYTES, problem);
           if (Tile::Mma::kPlanes && cursor.advance()) {
             wgmma_wait<0>();
+            wgmma_owned(accumulators);
 #pragma unroll
             for (int32_t& accumulator : accumulators) accumulator *= 2;
           }
@@ -392,6 +396,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
         if (i + 1 < count) multiply_stage(i + 1, odd, even);
       }
       wgmma_wait<0>();
+      wgmma_owned(accumulators);
       release(stage);
       next_stage();
 
@@ -460,6 +465,8 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
   }
   // No block ends while another may still copy to it, arrive at its barriers or read its integers.
   if constexpr (kCluster) cluster_sync();
+#else
+  __trap();  // the host launches this where Device::hopper_code alone
 #endif
 }
 
@@ -476,8 +483,11 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
                    planes ? w.grid.bits : 1};
   const int64_t tiles_m = (m + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   const int64_t clusters_n = (n + Tile::CLUSTER * kWgmmaN - 1) / (Tile::CLUSTER * kWgmmaN);
-  check(m <= INT32_MAX && n <= INT32_MAX && tiles_m * clusters_n <= INT32_MAX, op, ": expected m, n <= ", INT32_MAX, ", got ", m, ", ", n,
+  // Room for the rows of the last tile that y does not have.
+  constexpr int64_t kMostRows = INT32_MAX - 256;
+  check(m <= kMostRows && n <= kMostRows && tiles_m * clusters_n <= INT32_MAX, op, ": expected m, n <= ", kMostRows, ", got ", m, ", ", n,
         "; split the rows");
+  check(!problem.epilogue.a.sums_values && !problem.epilogue.w.sums_values, op, ": this kernel sums no values");
   problem.tiles_m = static_cast<int32_t>(tiles_m);
   problem.clusters_n = static_cast<int32_t>(clusters_n);
 
@@ -501,20 +511,31 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   const int64_t tiles = tiles_m * clusters_n;
   const int64_t clusters = Tile::SPLIT ? tiles : std::min<int64_t>(tiles, std::max(1, device.sm_count / Tile::CLUSTER));
   check(clusters * cluster <= INT32_MAX, op, ": expected at most ", INT32_MAX, " thread blocks; split the rows");
-  launch_with({cluster, device.waits()}, op, gemm_wgmma_kernel<Tile>, dim3(static_cast<unsigned>(clusters * cluster)), dim3(kWgmmaThreads),
-              Tile::SHARED_BYTES, stream, a_map, w_map, y_map, problem);
+  launch_with({cluster, device.hopper_code}, op, gemm_wgmma_kernel<Tile>, dim3(static_cast<unsigned>(clusters * cluster)),
+              dim3(kWgmmaThreads), Tile::SHARED_BYTES, stream, a_map, w_map, y_map, problem);
 }
 
-// The tile of the plan. LARGE_CLUSTER: blocks that share the rows of a of the largest tile.
-template <typename Mma, typename Fragments, int LARGE_CLUSTER>
+// Whether this GPU has the code, and the copy engine can read both operands: rows that start at multiples of 16 bytes.
+inline bool takes_wgmma(const Operand& a, const Operand& w, int64_t k, const Device& device) {
+  return device.hopper_code && k > 0 && is_aligned(a.data, 16) && is_aligned(w.data, 16) && row_bytes(a.layout, k) % 16 == 0 &&
+         row_bytes(w.layout, k) % 16 == 0;
+}
+
+// The tile of the plan.
+template <typename Mma, typename Fragments>
 void launch_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const WgmmaProblem& problem, int64_t k,
                   const Device& device, cudaStream_t stream) {
+  constexpr int kLargeCluster = Mma::kPlanes ? 1 : 2;
+  const bool large = tile.block_m == 256;
+  check(tile.wgmma && tile.cluster == (large ? kLargeCluster : 1) && tile.split_k <= kMaxSplit, op, ": no kernel for the planned tile ",
+        tile.kernel, " with clusters of ", tile.cluster, " and split ", tile.split_k);
   auto run = [&](auto shape) { launch_wgmma_tile<decltype(shape)>(op, a, w, problem, k, tile.split_k, device, stream); };
   switch (tile.block_m) {
-    case 256: run(WgmmaTile<Mma, Fragments, 256, LARGE_CLUSTER>{}); break;
+    case 256: run(WgmmaTile<Mma, Fragments, 256, kLargeCluster>{}); break;
     case 128: run(WgmmaTile<Mma, Fragments, 128, 1>{}); break;
     case 64: run(WgmmaTile<Mma, Fragments, 64, 1, true>{}); break;
-    default: run(WgmmaTile<Mma, Fragments, 16, 1, true>{});
+    case 16: run(WgmmaTile<Mma, Fragments, 16, 1, true>{}); break;
+    default: check(false, op, ": no kernel for the planned tile ", tile.kernel);
   }
 }
 

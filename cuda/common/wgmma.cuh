@@ -20,6 +20,13 @@ namespace quest::cuda {
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// After a wait for all: the compiler must not have moved a use of d above it.
+template <int COUNT>
+__device__ __forceinline__ void wgmma_owned(int32_t (&d)[COUNT]) {
+#pragma unroll
+  for (int32_t& word : d) asm volatile("" : "+r"(word)::"memory");
+}
+
 template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");

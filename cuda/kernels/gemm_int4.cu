@@ -1,6 +1,6 @@
 // gemm_int4: y = s_a s_w (v_a v_w^T) + bias of a packed weight and a packed or int8 activation. Hopper has no 4-bit tensor cores (they are
-// emulated there at a few percent of the int8 rate), so nibbles are widened to int8 in registers, once per tile, on their way to shared
-// memory.
+// emulated there at a few percent of the int8 rate), so nibbles are widened to int8: in registers, on wgmma (gemm_int4_wgmma.cu); else once
+// per tile on their way to shared memory.
 #include "common/gemm_skinny.cuh"
 #include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
@@ -16,12 +16,7 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
-  // fp4 with 8 bits: the sum of a row of fp4 values, which that needs, does not follow from its codes.
-  const bool needs_value_sums = is_fp4(w) && a.grid.bits == 8;
-  if (a.layout == Layout::kValues && !needs_value_sums && copies_tensors(a, w, k)) {
-    const GemmTile tile = plan_tile(GemmFamily::kInt4, m, n, k, device.compute_capability, device.sm_count);
-    if (tile.wgmma) return gemm_int4_wgmma(op, tile, a, w, output, k, device, stream);
-  }
+  if (gemm_int4_wgmma(op, a, w, output, k, device, stream)) return;
   const bool looks_up = is_fp4(a) || is_fp4(w);
   const GemmTile tile = plan_mma_sync(GemmFamily::kInt4, m, n, device.sm_count);
   const NibbleRows w_rows = nibble_rows(op, "w", w, n, k, looks_up);

@@ -1,5 +1,5 @@
-// gemm_int8: y = s_a s_w (v_a v_w^T) + bias of operands stored one integer a byte. Values go to the tensor cores as they are; codes are
-// turned into values on their way to shared memory.
+// gemm_int8: y = s_a s_w (v_a v_w^T) + bias of operands stored one integer a byte. On wgmma (gemm_int8_wgmma.cu) bytes go to the tensor
+// cores as they lie in memory; else codes are turned into values on their way to shared memory.
 #include "common/gemm_skinny.cuh"
 #include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
@@ -15,13 +15,7 @@ void gemm_int8(const Operand& a, const Operand& w, const float* bias, void* y, D
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
-  // fp4 with a grid whose u is no value: the sum of a row of fp4 values, which that needs, does not follow from its codes.
-  const bool needs_value_sums =
-      is_fp4(w) ? a.grid.bits == 8 || w.layout == Layout::kCodes : is_fp4(a) && (w.grid.bits == 8 || w.layout == Layout::kCodes);
-  if (a.layout == Layout::kValues && !needs_value_sums && copies_tensors(a, w, k)) {
-    const GemmTile tile = plan_tile(GemmFamily::kInt8, m, n, k, device.compute_capability, device.sm_count);
-    if (tile.wgmma) return gemm_int8_wgmma(op, tile, a, w, output, k, device, stream);
-  }
+  if (gemm_int8_wgmma(op, a, w, output, k, device, stream)) return;
   const GemmTile tile = plan_mma_sync(GemmFamily::kInt8, m, n, device.sm_count);
   const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, is_fp4(w)), output, k);
   launch_int8<SkinnyBytes, SkinnyBytes, ByteLoader, ByteLoader>(op, tile, byte_rows(a, m, k), byte_rows(w, n, k), k, epilogue, stream);

@@ -27,10 +27,7 @@ void gemm_planes(const Operand& a, const Operand& w, const float* bias, void* y,
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
-  if (copies_tensors(a, w, k)) {
-    const GemmTile tile = plan_tile(GemmFamily::kPlanes, m, n, k, device.compute_capability, device.sm_count);
-    if (tile.wgmma) return gemm_planes_wgmma(op, tile, a, w, output, k, device, stream);
-  }
+  if (gemm_planes_wgmma(op, a, w, output, k, device, stream)) return;
   const GemmTile tile = plan_mma_sync(GemmFamily::kPlanes, m, n, device.sm_count);
   const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, false), operand_affine(w, false), output, k);
   launch_tile<MmaBits, ByteLoader, ByteLoader>(op, tile, a_rows, w_rows, steps_of(a_rows.row_bytes, a.grid.bits, w.grid.bits), epilogue,

@@ -153,12 +153,15 @@ __global__ __launch_bounds__((BlockShape<DTYPE, LOG_BLOCK>::kThreads)) void hada
   } while (Shape::kPrefetches && block < blocks);
 }
 
+// False where this GPU has too little shared memory for such a block (sm_86 and sm_89 for the largest).
 template <DType DTYPE, int LOG_BLOCK>
-void hadamard_blocks(const char* op, const void* x, void* y, int64_t blocks, float factor, int sm_count, cudaStream_t stream) {
+bool hadamard_blocks(const char* op, const void* x, void* y, int64_t blocks, float factor, const Device& device, cudaStream_t stream) {
   using Shape = BlockShape<DTYPE, LOG_BLOCK>;
+  if (static_cast<int64_t>(Shape::kSharedBytes) > device.shared_bytes) return false;
   const int64_t needed = (blocks + Shape::kTeams - 1) / Shape::kTeams;
-  const dim3 grid = grid_of(op, Shape::kPrefetches ? std::min<int64_t>(needed, sm_count) : needed);
+  const dim3 grid = grid_of(op, Shape::kPrefetches ? std::min<int64_t>(needed, device.sm_count) : needed);
   launch(op, hadamard_blocks_kernel<DTYPE, LOG_BLOCK>, grid, dim3(Shape::kThreads), Shape::kSharedBytes, stream, x, y, blocks, factor);
+  return true;
 }
 
 // ---- any block at any address
@@ -240,26 +243,27 @@ void hadamard(const void* x, void* y, DType dtype, int64_t rows, int64_t k, int6
   check_block(k, block);
   const int64_t count = rows * k;
   if (count == 0) return;
-  const int sm_count = current_device(op).sm_count;
+  const Device device = current_device(op);
   const bool vectorized = is_aligned(x, 16) && is_aligned(y, 16);
   const float factor = 1.0f / std::sqrt(static_cast<float>(block));
   if (vectorized && block >= 128) {
     const int64_t blocks = count / block;
+    bool done = false;
     with_dtype(dtype, [&](auto type) {
       constexpr DType kType = type();
       switch (block) {
-        case 128: hadamard_blocks<kType, 7>(op, x, y, blocks, factor, sm_count, stream); break;
-        case 256: hadamard_blocks<kType, 8>(op, x, y, blocks, factor, sm_count, stream); break;
-        case 512: hadamard_blocks<kType, 9>(op, x, y, blocks, factor, sm_count, stream); break;
-        case 1024: hadamard_blocks<kType, 10>(op, x, y, blocks, factor, sm_count, stream); break;
-        case 2048: hadamard_blocks<kType, 11>(op, x, y, blocks, factor, sm_count, stream); break;
-        case 4096: hadamard_blocks<kType, 12>(op, x, y, blocks, factor, sm_count, stream); break;
-        case 8192: hadamard_blocks<kType, 13>(op, x, y, blocks, factor, sm_count, stream); break;
-        case 16384: hadamard_blocks<kType, 14>(op, x, y, blocks, factor, sm_count, stream); break;
-        default: hadamard_blocks<kType, 15>(op, x, y, blocks, factor, sm_count, stream);
+        case 128: done = hadamard_blocks<kType, 7>(op, x, y, blocks, factor, device, stream); break;
+        case 256: done = hadamard_blocks<kType, 8>(op, x, y, blocks, factor, device, stream); break;
+        case 512: done = hadamard_blocks<kType, 9>(op, x, y, blocks, factor, device, stream); break;
+        case 1024: done = hadamard_blocks<kType, 10>(op, x, y, blocks, factor, device, stream); break;
+        case 2048: done = hadamard_blocks<kType, 11>(op, x, y, blocks, factor, device, stream); break;
+        case 4096: done = hadamard_blocks<kType, 12>(op, x, y, blocks, factor, device, stream); break;
+        case 8192: done = hadamard_blocks<kType, 13>(op, x, y, blocks, factor, device, stream); break;
+        case 16384: done = hadamard_blocks<kType, 14>(op, x, y, blocks, factor, device, stream); break;
+        default: done = hadamard_blocks<kType, 15>(op, x, y, blocks, factor, device, stream);
       }
     });
-    return;
+    if (done) return;
   }
   auto run = [&](auto kernel, int64_t tiles) {
     const int64_t values = tiles * kTile;

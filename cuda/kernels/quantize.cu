@@ -567,7 +567,7 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   const dim3 threads(static_cast<unsigned>(warps * kWarpSize), static_cast<unsigned>(block_rows));
   const dim3 thread_blocks = grid_of(op, (problem.rows + block_rows - 1) / block_rows);
   with_dtype(problem.dtype, [&](auto type) {
-    auto run = [&](auto kernel) { launch_with({1, device.waits()}, op, kernel, thread_blocks, threads, 0, stream, blocks); };
+    auto run = [&](auto kernel) { launch_with({1, device.hopper_code}, op, kernel, thread_blocks, threads, 0, stream, blocks); };
     rotate ? run(quantize_blocks_kernel<type(), true>) : run(quantize_blocks_kernel<type(), false>);
   });
   return true;

@@ -42,6 +42,11 @@ TEST(Plan, EveryRowHasATileAndAReason) {
         const GemmTile tile = plan_tile(family, m, 4096, k, 90, 132);
         EXPECT_GT(tile.block_m * tile.block_n * tile.block_k, 0);
         EXPECT_GE(tile.split_k, 1);
+        if (tile.wgmma) {
+          EXPECT_TRUE(tile.block_m == 16 || tile.block_m == 64 || tile.block_m == 128 || tile.block_m == 256) << tile.block_m;
+          EXPECT_TRUE(tile.split_k == 1 || tile.block_m <= 64) << tile.block_m;
+          EXPECT_TRUE(tile.cluster == 1 || tile.block_m == 256) << tile.block_m;
+        }
         EXPECT_GT(std::strlen(tile.kernel), 0u);
         EXPECT_GT(std::strlen(tile.reason), 0u);
       }
@@ -59,12 +64,17 @@ TEST(Plan, HopperTilesByRows) {
   EXPECT_EQ(plan(16, 4096, 4096).block_m, 16);
   EXPECT_EQ(plan(17, 4096, 4096).block_m, 64);
   // Split K until two thread blocks a multiprocessor are busy, each with at least 4 stages of 128 columns.
-  EXPECT_EQ(plan(16, 4096, 4096).split_k, 8);
+  EXPECT_EQ(plan(16, 4096, 4096).split_k, 4);
   EXPECT_EQ(plan(16, 12288, 4096).split_k, 2);
   EXPECT_EQ(plan(16, 22016, 4096).split_k, 1);
   EXPECT_EQ(plan(16, 4096, 1024).split_k, 2);
   EXPECT_EQ(plan(1, 1, 16).split_k, 1);
   EXPECT_EQ(plan(4096, 4096, 4096).split_k, 1);
+  // An odd number of column tiles leaves half of the last pair of thread blocks idle.
+  EXPECT_EQ(plan(11264, 512, 4096).block_m, 256);
+  EXPECT_EQ(plan(11264, 384, 4096).block_m, 128);
+  EXPECT_EQ(plan(4096, 4096, 4096).cluster, 2);
+  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 4096, 4096, 4096, 90, 132).cluster, 1);
   EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 16, 4096, 4096, 90, 132).split_k, 1);  // 4 stages of 1024 bits
 }
 

@@ -1,7 +1,10 @@
 // The products on the GPU against the CPU's. Integer sums are exact and the epilogue rounds step by step as the CPU's does, so float32
 // results are equal to the bit. gemm_weight_only adds floats in another order; its tolerance is derived where it is used.
+#include <memory>
+
 #include "gpu.h"
 #include "quest/cuda/gemm.h"
+#include "quest/cuda/quantize.h"
 #include "quest/grid.h"
 #include "quest/packing.h"
 #include "quest/plan.h"
@@ -284,6 +287,95 @@ TEST_F(Gemm, TensorCopiesOfEveryTile) {
           w(random, {GridKind::kInt, bits_w}, Layout::kPlanes, s.n, s.k);
       check_product(kPlanes, a, w, s.m, s.n, s.k, DType::kBFloat16);
     }
+  }
+}
+
+// What a GPU of 132 multiprocessors does with these: several tiles a thread block, more stages than the ring has, a last tile cut off in
+// both directions, and rows of y that the copy engine writes.
+TEST_F(Gemm, TensorCopiesOfManyTiles) {
+  Random random(32);
+  const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8};
+  for (const auto& [block_m, s] : {std::pair{256, Shape{1025, 4104, 1040}}, std::pair{128, Shape{1400, 6016, 640}}}) {
+    EXPECT_EQ(plan_tile(GemmFamily::kInt4, s.m, s.n, s.k, 90, 132).block_m, block_m);
+    const Matrix a(random, int4, Layout::kValues, s.m, s.k), a8(random, int8, Layout::kValues, s.m, s.k);
+    const Matrix w(random, int4, Layout::kPacked, s.n, s.k), w8(random, int8, Layout::kCodes, s.n, s.k);
+    check_product(kInt4, a, w, s.m, s.n, s.k, DType::kBFloat16);
+    check_product(kInt4, a8, w, s.m, s.n, s.k, DType::kFloat16);
+    check_product(kInt8, a8, w8, s.m, s.n, s.k, DType::kBFloat16);
+  }
+  for (const auto& [bits, s] : {std::pair{1, Shape{1025, 9608, 8200}}, std::pair{2, Shape{1025, 9608, 2056}}}) {
+    EXPECT_EQ(plan_tile(GemmFamily::kPlanes, s.m, s.n, s.k, 90, 132).block_m, 256);
+    const Matrix a(random, {GridKind::kInt, bits}, Layout::kPlanes, s.m, s.k), w(random, {GridKind::kInt, bits}, Layout::kPlanes, s.n, s.k);
+    check_product(kPlanes, a, w, s.m, s.n, s.k, DType::kBFloat16);
+  }
+}
+
+TEST_F(Gemm, TensorCopiesOfEveryPairOfGrids) {
+  Random random(33);
+  const Shape s{33, 72, 144};
+  const Grid int8{GridKind::kInt, 8}, int_zero8{GridKind::kIntZero, 8}, int4{GridKind::kInt, 4}, fp4{GridKind::kFp4, 4};
+  for (const Grid a_grid : {int8, int_zero8, int4, fp4}) {
+    const Matrix a(random, a_grid, Layout::kValues, s.m, s.k);
+    for (const Grid w_grid : testing::all_grids()) {
+      if (!has_values(w_grid)) continue;
+      for (const Layout layout : {Layout::kPacked, Layout::kCodes, Layout::kValues}) {
+        if (layout == Layout::kPacked && w_grid.bits > 4) continue;
+        const Matrix w(random, w_grid, layout, s.n, s.k);
+        for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+          check_product(layout == Layout::kPacked ? kInt4 : kInt8, a, w, s.m, s.n, s.k, dtype);
+        }
+      }
+    }
+  }
+}
+
+// The kernel of 4-bit weights works in eighths as long as these fit int32: K on both sides of that, all codes at the top.
+TEST_F(Gemm, TensorCopiesOfLongRows) {
+  Random random(34);
+  const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8};
+  for (const int64_t k : {70176, 70192, 139808, 139824}) {
+    for (const int64_t m : {4, 40}) {
+      const Matrix a(random, int8, Layout::kValues, m, k, Fill::kTop), w(random, int4, Layout::kPacked, 40, k, Fill::kTop);
+      check_product(kInt4, a, w, m, 40, k);
+    }
+  }
+}
+
+// Kernels that start before their predecessor in the stream has ended must wait for what it writes, and not overwrite what it reads: codes
+// that one writes and the next reads, in the same memory each time.
+TEST_F(Gemm, LaunchesThatOverlap) {
+  Random random(35);
+  const int64_t m = 300, n = 520, k = 2048;
+  constexpr int kRounds = 40;
+  const Quantizer quantizer = parse_quantizer("int4-hadamard-ste");
+  const Matrix w(random, quantizer.grid, Layout::kPacked, n, k);
+  std::vector<std::unique_ptr<OnDevice<uint8_t>>> x, expected, streamed, captured;
+  for (int i = 0; i < kRounds; ++i) {
+    x.push_back(std::make_unique<OnDevice<uint8_t>>(testing::to_dtype(random.normals(m * k), DType::kBFloat16)));
+    for (auto* y : {&expected, &streamed, &captured}) y->push_back(std::make_unique<OnDevice<uint8_t>>(2 * m * n));
+  }
+  const OnDevice<uint8_t> codes(m * k);
+  const OnDevice<float> scale(m);
+  const OnDevice<int32_t> code_sum(m);
+  auto round = [&](int i, const OnDevice<uint8_t>& y, cudaStream_t stream) {
+    cuda::quantize(quantizer, Layout::kValues, x[i]->data(), DType::kBFloat16, m, k,
+                   {codes.data(), scale.data(), code_sum.data(), nullptr, nullptr}, stream);
+    const Operand a{quantizer.grid, Layout::kValues, codes.data(), scale.data(), code_sum.data()};
+    cuda::gemm_int4(a, w.device(), nullptr, y.data(), DType::kBFloat16, m, n, k, stream);
+  };
+  for (int i = 0; i < kRounds; ++i) {
+    round(i, *expected[i], nullptr);
+    testing::cuda_ok(cudaDeviceSynchronize());
+  }
+  const testing::Stream stream;
+  for (int i = 0; i < kRounds; ++i) round(i, *streamed[i], stream);
+  testing::cuda_ok(cudaStreamSynchronize(stream));
+  testing::run_captured([&](cudaStream_t capturing) {
+    for (int i = 0; i < kRounds; ++i) round(i, *captured[i], capturing);
+  });
+  for (int i = 0; i < kRounds; ++i) {
+    EXPECT_TRUE(bitwise_equal(expected[i]->host(), streamed[i]->host(), 2 * n)) << "round " << i;
+    EXPECT_TRUE(bitwise_equal(expected[i]->host(), captured[i]->host(), 2 * n)) << "round " << i;
   }
 }
 

@@ -28,6 +28,7 @@ struct GemmTile {
   const char* kernel;                 // name of the variant
   bool wgmma;                         // on Hopper's asynchronous tensor cores, fed by its copy engine; else mma.sync
   int32_t block_m, block_n, block_k;  // block_k in stored elements
+  int32_t cluster;                    // thread blocks that share the rows of a and take neighbouring columns of y
   int32_t split_k;                    // thread blocks that share one output tile along K
   const char* reason;
 };
