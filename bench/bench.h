@@ -65,15 +65,14 @@ inline int buffer_count(double bytes) {
   return static_cast<int>(std::max(1.0, std::min({most, enough, double{kMostLaunches}})));
 }
 
-// launch(stream, i): the i-th launch. Microseconds of one of them.
-inline Times time_launches(const std::function<void(cudaStream_t, int)>& launch, double expected_us) {
-  const int launches = static_cast<int>(std::max(4.0, std::min(kRoundUs / expected_us, double{kMostLaunches})));
+// Microseconds of one of `launches` launches that `capture` makes a graph of, which is replayed `replays` times in a row.
+inline Times time_graph(const std::function<void(cudaStream_t)>& capture, int launches, int replays) {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
-  for (int i = 0; i < launches; ++i) launch(stream, i);
+  capture(stream);
   check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
   check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
   cudaEvent_t begin = nullptr, end = nullptr;
@@ -82,12 +81,12 @@ inline Times time_launches(const std::function<void(cudaStream_t, int)>& launch,
   std::vector<double> times;
   for (int round = -1; round < kRounds; ++round) {
     check(cudaEventRecord(begin, stream), "cudaEventRecord");
-    check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+    for (int i = 0; i < replays; ++i) check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
     check(cudaEventRecord(end, stream), "cudaEventRecord");
     check(cudaStreamSynchronize(stream), "the timed launches");
     float ms = 0;
     check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
-    if (round >= 0) times.push_back(1e3 * ms / launches);
+    if (round >= 0) times.push_back(1e3 * ms / launches / replays);
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
@@ -97,6 +96,15 @@ inline Times time_launches(const std::function<void(cudaStream_t, int)>& launch,
   std::sort(times.begin(), times.end());
   const double median = times[kRounds / 2];
   return {median, 100 * (times[kRounds * 3 / 4] - times[kRounds / 4]) / median};
+}
+
+// launch(stream, i): the i-th launch. Microseconds of one of many in one graph.
+inline Times time_launches(const std::function<void(cudaStream_t, int)>& launch, double expected_us) {
+  const int launches = static_cast<int>(std::max(4.0, std::min(kRoundUs / expected_us, double{kMostLaunches})));
+  auto capture = [&](cudaStream_t stream) {
+    for (int i = 0; i < launches; ++i) launch(stream, i);
+  };
+  return time_graph(capture, launches, 1);
 }
 
 // A device copy that reads and writes `bytes` in all.

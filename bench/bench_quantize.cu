@@ -110,39 +110,6 @@ void bench_backward(const Arena& arena, int64_t k) {
 
 __global__ void empty_kernel() {}
 
-// Microseconds of one replay of a small graph, replays one after another.
-Times time_graph(const std::function<void(cudaStream_t)>& capture) {
-  constexpr int kReplays = 200;
-  cudaStream_t stream = nullptr;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
-  capture(stream);
-  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-  check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
-  cudaEvent_t begin = nullptr, end = nullptr;
-  check(cudaEventCreate(&begin), "cudaEventCreate");
-  check(cudaEventCreate(&end), "cudaEventCreate");
-  std::vector<double> times;
-  for (int round = -1; round < kRounds; ++round) {
-    check(cudaEventRecord(begin, stream), "cudaEventRecord");
-    for (int i = 0; i < kReplays; ++i) check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
-    check(cudaEventRecord(end, stream), "cudaEventRecord");
-    check(cudaStreamSynchronize(stream), "the timed replays");
-    float ms = 0;
-    check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
-    if (round >= 0) times.push_back(1e3 * ms / kReplays);
-  }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
-  std::sort(times.begin(), times.end());
-  return {times[kRounds / 2], 100 * (times[kRounds * 3 / 4] - times[kRounds / 4]) / times[kRounds / 2]};
-}
-
 // A decode step's activation. The limit is two empty kernels: one after another in a graph of many launches, and alone in a graph.
 void bench_small(const Arena& arena) {
   const Case small{parse_quantizer("int4-hadamard-trust"), Layout::kPacked, DType::kBFloat16, 16, 4096};
@@ -160,8 +127,9 @@ void bench_small(const Arena& arena) {
   const Times chained = time_launches(launch, kExpectedUs);
   print_row("quantize_small_chained", "two_empty_kernels", "-", "-", chained_limit, 0, 0);
   print_row("quantize_small_chained", "quest", small.shape(), "bfloat16", chained, bytes, chained_limit.us);
-  const Times alone_limit = time_graph([&](cudaStream_t stream) { two_empty(stream, 0); });
-  const Times alone = time_graph([&](cudaStream_t stream) { launch(stream, 0); });
+  constexpr int kReplays = 200;  // small graphs one after another
+  const Times alone_limit = time_graph([&](cudaStream_t stream) { two_empty(stream, 0); }, 1, kReplays);
+  const Times alone = time_graph([&](cudaStream_t stream) { launch(stream, 0); }, 1, kReplays);
   print_row("quantize_small_alone", "two_empty_kernels", "-", "-", alone_limit, 0, 0);
   print_row("quantize_small_alone", "quest", small.shape(), "bfloat16", alone, bytes, alone_limit.us);
 }

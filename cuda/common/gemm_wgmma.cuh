@@ -51,7 +51,7 @@ struct WgmmaProblem {
   bool parts;                   // the product of the v is not that of the u: it has a factor or parts of rows and columns
   bool tensor_store;            // y is 16-bit, in rows that the copy engine can write
   uint32_t flip;                // ByteFragments
-  uint4 table;                  // Fp4Fragments
+  uint4 table;                  // WidenByTable
 };
 
 // ---- the weight, from a tile of 64 rows a warpgroup in shared memory to the words of the instruction. `offset`: of this lane's bytes in
