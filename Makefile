@@ -23,12 +23,12 @@ $(BIN)/torch.stamp:
 	$(BIN)/pip install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.26" "ninja>=1.11"
 	touch $@
 
-# One build serves the package and the googletests. Rebuilt when anything compiled has changed; Python sources are live.
-$(BIN)/quest.stamp: $(BIN)/torch.stamp pyproject.toml CMakeLists.txt $(shell find cpp cuda bindings tests/cpp tests/cuda -type f)
+# One build serves the package, the googletests and the C++ benchmarks. Rebuilt when anything compiled has changed; Python sources are live.
+$(BIN)/quest.stamp: $(BIN)/torch.stamp pyproject.toml CMakeLists.txt $(shell find cpp cuda bindings tests/cpp tests/cuda -type f) $(wildcard bench/*.cu bench/*.h)
 	@test -e /usr/include/gtest/gtest.h || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
 		|| { apt-get update -qq && apt-get install -y -qq libgtest-dev >/dev/null; }  # else CMake fetches it
 	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --quiet --no-build-isolation -C build-dir=$(BUILD) \
-		-C cmake.define.QUEST_CUDA=$(QUEST_CUDA) -C cmake.define.QUEST_BUILD_TESTS=ON -C cmake.define.QUEST_WERROR=ON -e ".[test]"
+		-C cmake.define.QUEST_CUDA=$(QUEST_CUDA) -C cmake.define.QUEST_BUILD_TESTS=ON -C cmake.define.QUEST_BUILD_BENCH=ON -C cmake.define.QUEST_WERROR=ON -e ".[test]"
 	touch $@
 
 $(BIN)/lint.stamp: $(BIN)/torch.stamp
@@ -46,10 +46,8 @@ test-cpp: $(BIN)/quest.stamp
 test-python: $(BIN)/quest.stamp
 	$(BIN)/python -m pytest
 
-# The C++ benchmarks join the package's build, with what it found. run.py measures on the GPU, or on the CPU where torch sees none.
+# run.py measures on the GPU, or on the CPU where torch sees none.
 bench: $(BIN)/quest.stamp
-	$(BIN)/cmake -S . -B $(BUILD) -D QUEST_BUILD_BENCH=ON >/dev/null
-	$(BIN)/cmake --build $(BUILD) -j $(JOBS)
 	$(BIN)/python bench/run.py
 	$(BIN)/python bench/plots.py bench/results/*/
 
