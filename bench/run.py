@@ -7,7 +7,8 @@ are interleaved, so that a drift of the machine's speed meets all of them; the m
 range over median) are kept. Rows go to DIR/CASE.csv, stamped with processor, driver, versions and commit.
 
 On a GPU the calls of one backend over all its buffers are one CUDA graph, and a replay of it is one sample: Python and
-launch gaps are in no number. Every call writes to memory of its own.
+launch gaps are in no number. Every call writes to memory of its own. On Hopper quest's products start while the call
+before them ends (programmatic dependent launch), as they do in use; the peers' kernels do not.
 
 The limit of a row comes from the same run: limit_us = max(operations / ceiling, bytes / copy bandwidth), with the bytes
 of quest's operands as they are stored and of its result, and the operations of the unit that should do them: the

@@ -124,7 +124,7 @@ inline constexpr int kBothBarrier = 1, kPieceBarriers = 4;
 __device__ __forceinline__ int group_barrier(int group) { return 2 + group; }
 __device__ __forceinline__ int piece_barrier(int group, int piece) { return 2 + kMultipliers + group * kPieceBarriers + piece; }
 
-// ---- the epilogue
+// ---- the tile
 
 // What the epilogue needs of one row of y.
 struct RowFactors {
@@ -137,8 +137,6 @@ struct ColumnFactors {
   float scale[2], bias[2];
   uint32_t part[2];
 };
-
-// ---- the kernel
 
 template <typename Mma_, typename Fragments_, int BLOCK_M_, int CLUSTER_, bool SPLIT_ = false>
 struct WgmmaTile {
@@ -179,6 +177,8 @@ struct TileCursor {
     m = group * kWgmmaGroupM + in_group - n_cluster * rows;
   }
 };
+
+// ---- the epilogue
 
 // A warpgroup's BLOCK_M x 64 of y through shared memory, transposed on the way, a piece of STORE_ROWS rows at a time. Where each piece has
 // a buffer, no warp but the one that starts the copies waits for the others after the first.
@@ -242,6 +242,8 @@ __device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Tile:
     }
   }
 }
+
+// ---- the kernel
 
 template <typename Tile>
 __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel(const __grid_constant__ CUtensorMap a_map,

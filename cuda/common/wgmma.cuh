@@ -71,7 +71,6 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n256" SHAPE TYPES, 128, "128", "129", "130", "131", "132", "133") \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n128" SHAPE TYPES, 64, "64", "65", "66", "67", "68", "69")        \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n64" SHAPE TYPES, 32, "32", "33", "34", "35", "36", "37")         \
-  QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n32" SHAPE TYPES, 16, "16", "17", "18", "19", "20", "21")         \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n16" SHAPE TYPES, 8, "8", "9", "10", "11", "12", "13")
 
 struct WgmmaInt8 {

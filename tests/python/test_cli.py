@@ -19,7 +19,7 @@ from quest import cli
 from quest.infer.bench import eager_quantize
 from quest.models import load_hf, load_packed, save_hf
 from quest.models.llama import Llama, LlamaConfig
-from quest.reference import ALPHA, hadamard_matrix
+from quest.reference import hadamard_matrix
 
 Capture = pytest.CaptureFixture[str]
 
@@ -140,7 +140,7 @@ def test_bench(capsys: Capture) -> None:
 
 def test_bench_times_a_peer_that_computes_the_same() -> None:
     x = steady_normal(32, 256, quantizer=quest.Quantizer.parse("int4"))
-    codes, scale, passes = eager_quantize(x, hadamard_matrix(128).float(), ALPHA[4])
+    codes, scale, passes = eager_quantize(x, hadamard_matrix(128).float())
     expected = quest.ops.quantize(x, quest.Quantizer.parse("int4"))
     assert torch.equal(codes, expected.codes)
     torch.testing.assert_close(scale.squeeze(-1), expected.scale)

@@ -48,7 +48,7 @@ def bench_layer(m: int, n: int, k: int, device: str) -> Iterator[str]:
 
     quantizer = Quantizer.parse("int4")
     matrix = hadamard_matrix(default_block(k)).to(x)
-    peer = _median_seconds(lambda: eager_quantize(x, matrix, ALPHA[4]), device)
+    peer = _median_seconds(lambda: eager_quantize(x, matrix), device)
     yield _row("quantize int4, eager torch", peer, peer)
     own = _median_seconds(lambda: ops.quantize(x, quantizer, "values"), device)
     yield _row("quantize int4", own, peer)
@@ -83,18 +83,17 @@ def _median_seconds(run: Callable[[], object], device: str) -> float:
     return statistics.median(times)
 
 
-def eager_quantize(x: Tensor, matrix: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+def eager_quantize(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """int4 quantization with its rotation as one writes it in torch (paper, section 3): the peer of `quantize`.
 
     Args:
         x: [*, K] of a real dtype.
         matrix: [B, B], the Hadamard matrix of a block that divides K, in the dtype of x.
-        alpha: top level of the grid in units of the row's root mean square.
 
     Returns:
         Codes uint8 [*, K], scale float32 [*, 1], and where the gradient passes, bool [*, K].
     """
     rotated = (x.reshape(*x.shape[:-1], -1, matrix.shape[0]) @ matrix).flatten(-2).float()
-    scale = (alpha * rotated.square().mean(-1, keepdim=True).sqrt() + 1e-8) / 15
+    scale = (ALPHA[4] * rotated.square().mean(-1, keepdim=True).sqrt() + 1e-8) / 15
     codes = (rotated.clamp(-15 * scale, 15 * scale) / (2 * scale) + 0.5).round() + 7
     return codes.to(torch.uint8), scale, rotated.abs() <= 16 * scale
