@@ -22,30 +22,28 @@ inline constexpr int kSkinnyM = 16, kSkinnyN = 32;
 inline constexpr int kSliceColumns = 128;
 inline constexpr int kLaneColumns = 32;
 
-// What a lane loads of one row, 32 columns, and the 8 words of int8 that it becomes.
+// What a lane loads of one row, 32 columns, and the 2 words of int8 that quarter `i` of it becomes.
 struct SkinnyBytes {
   using Source = ByteRows;
+  static constexpr int kDepth = 1;  // slices of a weight that a warp has on their way, as far as registers go
   uint4 loaded[2];
   __device__ __forceinline__ void load(const ByteRows& source, int64_t row, int64_t column) {
     loaded[0] = source.load(0, row, column);
     loaded[1] = source.load(0, row, column + 16);
   }
-  __device__ __forceinline__ void widen(const ByteRows&, uint32_t (&words)[8]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      words[4 * i] = loaded[i].x, words[4 * i + 1] = loaded[i].y, words[4 * i + 2] = loaded[i].z, words[4 * i + 3] = loaded[i].w;
-    }
+  __device__ __forceinline__ uint2 widen(const ByteRows&, int i) const {
+    const uint4& half = loaded[i / 2];
+    return i % 2 == 0 ? make_uint2(half.x, half.y) : make_uint2(half.z, half.w);
   }
 };
 
 struct SkinnyNibbles {
   using Source = NibbleRows;
+  static constexpr int kDepth = 2;
   uint4 loaded;
   __device__ __forceinline__ void load(const NibbleRows& source, int64_t row, int64_t column) { loaded = source.load(row, column / 2); }
-  __device__ __forceinline__ void widen(const NibbleRows& source, uint32_t (&words)[8]) const {
-    const uint2 x = source.widen(loaded.x), y = source.widen(loaded.y), z = source.widen(loaded.z), w = source.widen(loaded.w);
-    words[0] = x.x, words[1] = x.y, words[2] = y.x, words[3] = y.y;
-    words[4] = z.x, words[5] = z.y, words[6] = w.x, words[7] = w.y;
+  __device__ __forceinline__ uint2 widen(const NibbleRows& source, int i) const {
+    return source.widen(i == 0 ? loaded.x : i == 1 ? loaded.y : i == 2 ? loaded.z : loaded.w);
   }
 };
 
@@ -79,12 +77,9 @@ __device__ void store_skinny(const Epilogue& epilogue, const Accumulator (&accum
   }
 }
 
-// Adds a lane's partial sum over its 32 columns to the sum of a row. Integers: the order of the atomics does not matter.
-__device__ __forceinline__ void add_row_sum(int32_t* sum, const uint32_t (&words)[8]) {
-  int32_t partial = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) partial = __dp4a(static_cast<int>(words[i]), 0x01010101, partial);
-  atomicAdd(sum, partial);
+// Adds a lane's partial sum to the sum of a row. Integers: the order of the atomics does not matter.
+__device__ __forceinline__ void add_row_sum(int32_t* sum, uint2 words) {
+  atomicAdd(sum, __dp4a(static_cast<int>(words.x), 0x01010101, __dp4a(static_cast<int>(words.y), 0x01010101, 0)));
 }
 
 // Integer operands. W, A: SkinnyBytes or SkinnyNibbles.
@@ -99,6 +94,9 @@ __global__ __launch_bounds__(kSkinnyThreads, kSkinnyBlocks) void gemm_skinny_ker
   if (threadIdx.x < kSkinnyN) w_sums[threadIdx.x] = 0;
   __syncthreads();
 
+  dependents_may_launch();
+  wait_for_prerequisites();
+
   const int64_t first_n = static_cast<int64_t>(blockIdx.x) * kSkinnyN;
   const int lane = threadIdx.x % 32, group = lane / 4;
   const int64_t step = static_cast<int64_t>(kSkinnyWarps) * kSliceColumns;
@@ -106,38 +104,42 @@ __global__ __launch_bounds__(kSkinnyThreads, kSkinnyBlocks) void gemm_skinny_ker
   int32_t accumulators[2][2][4] = {};
   int64_t column = threadIdx.x / 32 * kSliceColumns + lane % 4 * kLaneColumns;
   const int64_t slices = (k + kSliceColumns - 1) / kSliceColumns;
-  W weight[4];
-  auto load_weight = [&](int64_t at) {
+  // The slices on their way; zeros beyond the row.
+  W weight[W::kDepth][4];
+  A activation[W::kDepth][2];
+  auto load = [&](int d, int64_t at) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weight[i].load(w_source, first_n + i * 8 + group, at);
+    for (int i = 0; i < 4; ++i) weight[d][i].load(w_source, first_n + i * 8 + group, at);
+    activation[d][0].load(a_source, group, at);
+    if (wide) activation[d][1].load(a_source, 8 + group, at);
   };
-  load_weight(column);
-  for (int64_t slice = threadIdx.x / 32; slice < slices; slice += kSkinnyWarps, column += step) {
-    uint32_t w_words[4][8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weight[i].widen(w_source, w_words[i]);
-    load_weight(column + step);  // of the next slice, while this one is multiplied; zeros beyond the row
-    if (epilogue.w.sums_values) {
+  for (int d = 0; d < W::kDepth; ++d) load(d, column + d * step);
+  for (int64_t slice = threadIdx.x / 32; slice < slices;) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) add_row_sum(&w_sums[i * 8 + group], w_words[i]);
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (j == 1 && !wide) continue;
-      A activation;
-      uint32_t a_words[8];
-      activation.load(a_source, j * 8 + group, column);
-      activation.widen(a_source, a_words);
-      if (epilogue.a.sums_values) add_row_sum(&a_sums[j * 8 + group], a_words);
+    for (int d = 0; d < W::kDepth; ++d, slice += kSkinnyWarps, column += step) {
+      if (slice >= slices) break;
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
+        uint2 w_words[4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t w_fragment[4] = {w_words[2 * i][2 * p], w_words[2 * i + 1][2 * p], w_words[2 * i][2 * p + 1],
-                                          w_words[2 * i + 1][2 * p + 1]};
-          MmaInt8::mma(accumulators[i][j], w_fragment, a_words[2 * p], a_words[2 * p + 1]);
+        for (int i = 0; i < 4; ++i) {
+          w_words[i] = weight[d][i].widen(w_source, p);
+          if (epilogue.w.sums_values) add_row_sum(&w_sums[i * 8 + group], w_words[i]);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (j == 1 && !wide) continue;
+          const uint2 a_words = activation[d][j].widen(a_source, p);
+          if (epilogue.a.sums_values) add_row_sum(&a_sums[j * 8 + group], a_words);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t w_fragment[4] = {w_words[2 * i].x, w_words[2 * i + 1].x, w_words[2 * i].y, w_words[2 * i + 1].y};
+            MmaInt8::mma(accumulators[i][j], w_fragment, a_words.x, a_words.y);
+          }
         }
       }
+      load(d, column + W::kDepth * step);
     }
   }
   store_skinny(epilogue, accumulators, scratch, first_n, a_sums, w_sums);
@@ -148,10 +150,10 @@ __global__ __launch_bounds__(kSkinnyThreads, kSkinnyBlocks) void gemm_skinny_ker
 // The kernel that `tile` names: skinny, or tiled with LoadA and LoadW.
 template <typename A, typename W, template <int> class LoadA, template <int> class LoadW>
 void launch_int8(const char* op, const GemmTile& tile, const typename A::Source& a, const typename W::Source& w, int64_t k,
-                 const IntegerEpilogue& epilogue, cudaStream_t stream) {
+                 const IntegerEpilogue& epilogue, const Device& device, cudaStream_t stream) {
   if (tile.block_m == kSkinnyM) {
-    launch(op, gemm_skinny_kernel<A, W>, grid_of(op, (epilogue.output.n + kSkinnyN - 1) / kSkinnyN), dim3(kSkinnyThreads), 0, stream, a, w,
-           k, epilogue);
+    launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<A, W>, grid_of(op, (epilogue.output.n + kSkinnyN - 1) / kSkinnyN),
+                dim3(kSkinnyThreads), 0, stream, a, w, k, epilogue);
   } else {
     launch_tile<MmaInt8, LoadA, LoadW>(op, tile, a, w, steps_of(k), epilogue, stream);
   }

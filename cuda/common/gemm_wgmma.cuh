@@ -19,37 +19,26 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
-#include "common/epilogue.cuh"
 #include "common/steps.cuh"
-#include "common/tensor_map.h"
-#include "common/wgmma.cuh"
+#include "common/wgmma_epilogue.cuh"
 #include "common/wgmma_products.h"
 
 namespace quest::cuda {
 
-inline constexpr int kWarpgroup = 128;
-inline constexpr int kMultipliers = 2;  // warpgroups
 inline constexpr int kWgmmaThreads = (1 + kMultipliers) * kWarpgroup;
-inline constexpr int kWgmmaN = 64 * kMultipliers;               // rows of w a block
-inline constexpr int kStageRowBytes = 128;                      // of a: what the 128-byte swizzle covers
-inline constexpr int kStageInstructions = kStageRowBytes / 32;  // instructions a stage
-// y waits for the copy engine in pieces of some rows by the 64 columns of a warpgroup, 2 bytes each.
-inline constexpr int kStoreRowBytes = 128;
-inline constexpr int kStoreRows = 64;
+inline constexpr int kWgmmaN = kWarpgroupColumns * kMultipliers;  // rows of w a block
+inline constexpr int kStageRowBytes = 128;                        // of a: what the 128-byte swizzle covers
+inline constexpr int kStageInstructions = kStageRowBytes / 32;    // instructions a stage
 // Neighbouring tiles: 8 down y, then the next columns, so that both operands of a wave stay in the L2 cache.
 inline constexpr int kWgmmaGroupM = 8;
 inline constexpr int kMaxSplit = 8;  // blocks of a cluster that every GPU can place; the plan takes fewer
 
 struct WgmmaProblem {
-  IntegerEpilogue epilogue;
+  TileOutput output;
   Steps steps;
   int32_t tiles_m, clusters_n;  // of BLOCK_M rows of y, of CLUSTER * 128 columns
   int32_t split;                // blocks that share a tile along K
-  float unit;                   // y is the product of the u times this, a power of two
-  bool parts;                   // the product of the v is not that of the u: it has a factor or parts of rows and columns
-  bool tensor_store;            // y is 16-bit, in rows that the copy engine can write
   uint32_t flip;                // ByteFragments
   uint4 table;                  // WidenByTable
 };
@@ -118,25 +107,7 @@ struct WidenByTable {
   }
 };
 
-// ---- named barriers: of a warpgroup, of both, and of the pieces of y
-
-inline constexpr int kBothBarrier = 1, kPieceBarriers = 4;
-__device__ __forceinline__ int group_barrier(int group) { return 2 + group; }
-__device__ __forceinline__ int piece_barrier(int group, int piece) { return 2 + kMultipliers + group * kPieceBarriers + piece; }
-
 // ---- the tile
-
-// What the epilogue needs of one row of y.
-struct RowFactors {
-  float scale;
-  uint32_t part;
-};
-
-// And of the two columns of a thread.
-struct ColumnFactors {
-  float scale[2], bias[2];
-  uint32_t part[2];
-};
 
 template <typename Mma_, typename Fragments_, int BLOCK_M_, int CLUSTER_, bool SPLIT_ = false>
 struct WgmmaTile {
@@ -149,12 +120,10 @@ struct WgmmaTile {
   static constexpr int BLOCKS = SPLIT ? 2 : 1;
   static constexpr int W_BYTES = kWgmmaN * Fragments::kRowBytes, A_BYTES = BLOCK_M * kStageRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
-  static constexpr int STORE_ROWS = std::min(BLOCK_M, kStoreRows);
-  // Buffers of such pieces: with bits, whose tiles take 4 stages, one for each, so that none waits; else fewer, to keep 4 stages of
+  // Buffers of pieces of y: with bits, whose tiles take 4 stages, one for each, so that none waits; else fewer, to keep 4 stages of
   // nibbles.
-  static constexpr int STORE_BUFFERS = std::min(BLOCK_M / STORE_ROWS, Mma::kPlanes ? 4 : Fragments::kRowBytes < kStageRowBytes ? 3 : 2);
-  static constexpr int STORE_BYTES = STORE_ROWS * kStoreRowBytes;
-  static constexpr int STORES_BYTES = kMultipliers * STORE_BUFFERS * STORE_BYTES;
+  using Piece = Pieces < BLOCK_M, Mma::kPlanes ? 4 : Fragments::kRowBytes<kStageRowBytes ? 3 : 2>;
+  static constexpr int STORES_BYTES = kMultipliers * Piece::BUFFERS * Piece::BYTES;
   static constexpr int FACTORS_BYTES = kMultipliers * BLOCK_M * static_cast<int>(sizeof(RowFactors));
   static constexpr int OTHER_BYTES = STORES_BYTES + FACTORS_BYTES + 256;  // 256: the mbarriers
   // 1024 of each block are the system's.
@@ -177,71 +146,6 @@ struct TileCursor {
     m = group * kWgmmaGroupM + in_group - n_cluster * rows;
   }
 };
-
-// ---- the epilogue
-
-// A warpgroup's BLOCK_M x 64 of y through shared memory, transposed on the way, a piece of STORE_ROWS rows at a time. Where each piece has
-// a buffer, no warp but the one that starts the copies waits for the others after the first.
-template <typename Tile, bool PARTS, bool BFLOAT16>
-__device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Tile::BLOCK_M / 2], uint32_t mul, const RowFactors* factors,
-                                             const ColumnFactors& column, uint8_t* buffers, const CUtensorMap* y_map, int first_m,
-                                             int first_n, int group) {
-  constexpr int kPiecesOfTile = Tile::BLOCK_M / Tile::STORE_ROWS;
-  const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = threadIdx.x % 32;
-  const int row_in_matrix = lane / 16 * 8 + lane % 8;
-  const int target = row_in_matrix * kStoreRowBytes + ((warp * 2 + lane / 8 % 2) ^ (row_in_matrix & 7)) * 16;
-  auto value = [&](int index, float scale, uint32_t part, int i) {
-    uint32_t sum = static_cast<uint32_t>(accumulators[index]);
-    if constexpr (PARTS) sum = mul * sum + part + column.part[i];
-    return scaled(static_cast<float>(static_cast<int32_t>(sum)), scale, column.scale[i], column.bias[i]);
-  };
-#pragma unroll
-  for (int piece = 0; piece < kPiecesOfTile; ++piece) {
-    const int first = piece * Tile::STORE_ROWS;
-    uint8_t* const buffer = buffers + piece % Tile::STORE_BUFFERS * Tile::STORE_BYTES;
-    if (piece == 0 || piece >= Tile::STORE_BUFFERS) {
-      if (thread == 0) {
-        if (piece == 0) {
-          bulk_wait_read<0>();  // all buffers: the copies of the tile before have had its successor's main loop to end
-        } else {
-          bulk_wait_read<Tile::STORE_BUFFERS - 1>();
-        }
-      }
-      named_barrier(group_barrier(group), kWarpgroup);  // the buffer is free; before the first piece: the factors are there
-    }
-    uint4 pairs[Tile::STORE_ROWS / 8];  // the factors of this thread's two rows in every 8
-#pragma unroll
-    for (int j = 0; j < Tile::STORE_ROWS / 8; ++j) pairs[j] = *reinterpret_cast<const uint4*>(factors + first + j * 8 + lane % 4 * 2);
-#pragma unroll
-    for (int j = 0; j < Tile::STORE_ROWS; j += 16) {
-      uint32_t words[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 pair = pairs[j / 8 + half];
-        const int index = (first + j + half * 8) / 2;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float low = value(index + 2 * i, __uint_as_float(pair.x), pair.y, i);
-          const float high = value(index + 2 * i + 1, __uint_as_float(pair.z), pair.w, i);
-          words[half * 2 + i] = BFLOAT16 ? pack_bfloat16(low, high) : pack_float16(low, high);
-        }
-      }
-      stmatrix_x4_transposed(buffer + target + j * kStoreRowBytes, words);
-    }
-    async_proxy_fence();
-    static_assert(kPiecesOfTile <= kPieceBarriers, "a barrier for each piece");
-    if (warp == 0) {
-      named_barrier(piece_barrier(group, piece), kWarpgroup);
-      if (lane == 0) {
-        tensor_store(y_map, buffer, first_n, first_m + first);
-        bulk_commit();
-      }
-      __syncwarp();
-    } else {
-      named_barrier_arrive(piece_barrier(group, piece), kWarpgroup);
-    }
-  }
-}
 
 // ---- the kernel
 
@@ -274,7 +178,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     barrier_init_fence();
     prefetch_tensor_map(&a_map);
     prefetch_tensor_map(&w_map);
-    if (problem.tensor_store) prefetch_tensor_map(&y_map);
+    if (problem.output.tensor_store) prefetch_tensor_map(&y_map);
   }
   if constexpr (kCluster) {
     cluster_sync();
@@ -329,10 +233,8 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     const int group = warpgroup - 1;
     const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = threadIdx.x % 32;
     const uint32_t fragment_offset = shared_address(shared) + Fragments::offset(group * 64 + warp * 16);
-    const IntegerEpilogue& epilogue = problem.epilogue;
-    const Output& output = epilogue.output;
     RowFactors* const factors = row_factors + group * BLOCK_M;
-    uint8_t* const buffers = store_buffers + group * Tile::STORE_BUFFERS * Tile::STORE_BYTES;
+    uint8_t* const buffers = store_buffers + group * Tile::Piece::BUFFERS * Tile::Piece::BYTES;
     // A stage goes back to every block that copies to it.
     auto release = [&](int s) {
       if (lane < CLUSTER) barrier_arrive(&empty[s], Tile::SPLIT ? rank : lane);
@@ -345,26 +247,8 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       const int first_m = at.m * BLOCK_M;
       const int first_n = (at.n_cluster * CLUSTER + column_rank) * kWgmmaN + group * 64;
 
-      // Loaded now, looked at after the main loop: until then memory has time.
-      constexpr int kRowsAThread = (BLOCK_M + kWarpgroup - 1) / kWarpgroup;
-      float row_scale[kRowsAThread];
-      int32_t row_sum[kRowsAThread], column_sum[2];
-      ColumnFactors column;
-#pragma unroll
-      for (int i = 0; i < kRowsAThread; ++i) {
-        const int row = first_m + i * kWarpgroup + thread;
-        const bool exists = i * kWarpgroup + thread < BLOCK_M && row < output.m;
-        row_scale[i] = exists ? epilogue.row_scale(row) : 0.0f;
-        row_sum[i] = exists ? epilogue.a.load(row) : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int n = first_n + warp * 16 + lane / 4 + 8 * i;
-        const bool exists = n < output.n;
-        column.scale[i] = exists ? epilogue.column_scale(n) : 0.0f;
-        column_sum[i] = exists ? epilogue.w.load(n) : 0;
-        column.bias[i] = exists && output.bias != nullptr ? output.bias[n] : 0.0f;
-      }
+      const RowLoads<BLOCK_M> row_loads(problem.output, first_m);
+      const ColumnLoads column_loads(problem.output, first_n);
 
       barrier_wait(&full[stage], parity);
       Fragments::load(even, fragment_offset + stage * Tile::STAGE_BYTES, problem);
@@ -422,45 +306,12 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
         }
       }
 
-      // A warp that is here has seen all others in this tile's main loop, done with the factors of the last; not if the loop fits in the
-      // ring.
-      if (!Tile::SPLIT && count <= STAGES) named_barrier(group_barrier(group), kWarpgroup);
-#pragma unroll
-      for (int i = 0; i < kRowsAThread; ++i) {
-        const int row = i * kWarpgroup + thread;
-        if (row < BLOCK_M) factors[row] = {row_scale[i] * problem.unit, epilogue.a.of_codes(row_sum[i]) + epilogue.constant};
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) column.part[i] = epilogue.w.of_codes(column_sum[i]);
-      if (problem.tensor_store) {
-        auto store = [&](auto parts, auto bfloat16) {
-          store_pieces<Tile, parts.value, bfloat16.value>(accumulators, epilogue.mul, factors, column, buffers, &y_map, first_m, first_n,
-                                                          group);
-        };
-        using True = std::true_type;
-        using False = std::false_type;
-        const bool bfloat16 = output.dtype == DType::kBFloat16;
-        if (Tile::Mma::kPlanes || problem.parts) {
-          bfloat16 ? store(True{}, True{}) : store(True{}, False{});
-        } else {
-          bfloat16 ? store(False{}, True{}) : store(False{}, False{});
-        }
-      } else {
-        named_barrier(group_barrier(group), kWarpgroup);
-#pragma unroll
-        for (int j = 0; j < BLOCK_M; j += 8) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int row = j + lane % 4 * 2 + c % 2, i = c / 2;
-            const int n = first_n + warp * 16 + lane / 4 + i * 8;
-            if (first_m + row < output.m && n < output.n) {
-              const float product = epilogue.product(accumulators[j / 2 + c], factors[row].part, column.part[i]);
-              store_value(output, first_m + row, n, scaled(product, factors[row].scale, column.scale[i], column.bias[i]));
-            }
-          }
-        }
-        named_barrier(group_barrier(group), kWarpgroup);  // the factors are read before the next tile's are written
-      }
+      // The warps of this group are done with the factors of the tile before: known already where the loop is longer than the ring, but
+      // not to racecheck.
+      if (!Tile::SPLIT) named_barrier(group_barrier(group), kWarpgroup);
+      row_loads.store(problem.output, factors);
+      store_tile<typename Tile::Piece, Tile::Mma::kPlanes>(problem.output, accumulators, factors, column_loads.factors(problem.output),
+                                                           buffers, &y_map, first_m, first_n, group);
     }
     if (thread == 0) bulk_wait_read<0>();
     __syncwarp();
@@ -477,7 +328,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
 template <typename Tile>
 void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, int split, const Device& device,
                        cudaStream_t stream) {
-  const Output& output = problem.epilogue.output;
+  const Output& output = problem.output.epilogue.output;
   const int64_t m = output.m, n = output.n;
   const bool planes = w.layout == Layout::kPlanes;
   const int64_t a_row_bytes = row_bytes(a.layout, k), w_row_bytes = row_bytes(w.layout, k);
@@ -489,7 +340,7 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   constexpr int64_t kMostRows = INT32_MAX - 256;
   check(m <= kMostRows && n <= kMostRows && tiles_m * clusters_n <= INT32_MAX, op, ": expected m, n <= ", kMostRows, ", got ", m, ", ", n,
         "; split the rows");
-  check(!problem.epilogue.a.sums_values && !problem.epilogue.w.sums_values, op, ": this kernel sums no values");
+  check(!problem.output.epilogue.a.sums_values && !problem.output.epilogue.w.sums_values, op, ": this kernel sums no values");
   problem.tiles_m = static_cast<int32_t>(tiles_m);
   problem.clusters_n = static_cast<int32_t>(clusters_n);
 
@@ -498,14 +349,7 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
                                        {kStageRowBytes, static_cast<uint32_t>(Tile::BLOCK_M / Tile::CLUSTER), CU_TENSOR_MAP_SWIZZLE_128B});
   const CUtensorMap w_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
                                        {static_cast<uint32_t>(Tile::Fragments::kRowBytes), kWgmmaN, w_swizzle});
-  const IntegerEpilogue& epilogue = problem.epilogue;
-  problem.parts = epilogue.mul != 1 || epilogue.constant != 0 || epilogue.a.weight != 0 || epilogue.w.weight != 0;
-  problem.tensor_store = output.vectorized && output.dtype != DType::kFloat32;
-  CUtensorMap y_map{};
-  if (problem.tensor_store) {
-    y_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, output.y, n, m, 1, n * 2,
-                       {64, static_cast<uint32_t>(Tile::STORE_ROWS), CU_TENSOR_MAP_SWIZZLE_128B});
-  }
+  const CUtensorMap y_map = output_map(op, problem.output, Tile::Piece::ROWS);
 
   // A split tile belongs to one cluster; other blocks stay and take tile after tile.
   problem.split = Tile::SPLIT ? std::min(split, problem.steps.k_tiles) : 1;

@@ -31,6 +31,10 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // One arrival at the barrier at the same place in block `rank` of the cluster. It orders nothing between blocks beyond the barrier itself
 // (release.cluster would cost a memory fence of the whole GPU each time): enough to say that something has been read.
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t rank) {

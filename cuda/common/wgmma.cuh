@@ -1,10 +1,10 @@
-// wgmma: d[64, N] += a[64, 32 bytes] b[N, 32 bytes]^T by one warpgroup (128 threads), asynchronously. a is in registers, b in shared
-// memory.
+// wgmma: d[64, N] += a[64, 32 bytes] b[N, 32 bytes]^T by one warpgroup (128 threads), asynchronously. a is in registers or in shared
+// memory, b in shared memory.
 //
 // With warp w of the group, g = lane / 4 and t = lane % 4:
 //   a   words 0 ... 3: bytes 4t ... of row 16w + g, of row + 8, then the same at byte 16 + 4t
 //   b   N rows of 128 bytes in shared memory, 16-byte pieces permuted by the copy engine's 128-byte swizzle; `b_tile` describes it and the
-//       32 bytes at 32 i of every row are b_tile + 2 i
+//       32 bytes at 32 i of every row are b_tile + 2 i; so does `a_tile` with 64 rows
 //   d   words 4j ... 4j + 3: columns 8j + 2t and 8j + 2t + 1 of row 16w + g, then of row + 8
 // Elements: int8 (32 products), or bits with and.popc (256; xor is refused on Hopper).
 //
@@ -67,6 +67,12 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
                  : QUEST_D##COUNT(d, 0)                                                                                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(accumulate));                                            \
   }
+#define QUEST_WGMMA_SHARED(NAME, COUNT, A, B, S)                                                                         \
+  static __device__ __forceinline__ void mma(int32_t(&d)[COUNT], uint64_t a_tile, uint64_t b_tile, int32_t accumulate) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" S ", 0;\n" NAME " {" QUEST_P##COUNT "}, %" A ", %" B ", p;\n}"     \
+                 : QUEST_D##COUNT(d, 0)                                                                                  \
+                 : "l"(a_tile), "l"(b_tile), "r"(accumulate));                                                           \
+  }
 #define QUEST_WGMMA_FAMILY(SHAPE, TYPES, KIND)                                                                   \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n256" SHAPE TYPES, 128, "128", "129", "130", "131", "132", "133") \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n128" SHAPE TYPES, 64, "64", "65", "66", "67", "68", "69")        \
@@ -81,9 +87,12 @@ struct WgmmaInt8 {
 struct WgmmaBits {
   static constexpr bool kPlanes = true;
   QUEST_WGMMA_FAMILY("k256", ".s32.b1.b1.and.popc", )
+  QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n256k256.s32.b1.b1.and.popc", 128, "128", "129", "130")
+  QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc", 64, "64", "65", "66")
 };
 
 #undef QUEST_WGMMA_FAMILY
+#undef QUEST_WGMMA_SHARED
 #undef QUEST_WGMMA
 #undef QUEST_P128
 #undef QUEST_P64

@@ -23,10 +23,10 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
   if (a.layout == Layout::kPacked) {
     const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, looks_up), operand_affine(w, looks_up), output, k);
     launch_int8<SkinnyNibbles, SkinnyNibbles, NibbleLoader, NibbleLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, k,
-                                                                          epilogue, stream);
+                                                                          epilogue, device, stream);
   } else {
     const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, looks_up), output, k);
-    launch_int8<SkinnyBytes, SkinnyNibbles, ByteLoader, NibbleLoader>(op, tile, byte_rows(a, m, k), w_rows, k, epilogue, stream);
+    launch_int8<SkinnyBytes, SkinnyNibbles, ByteLoader, NibbleLoader>(op, tile, byte_rows(a, m, k), w_rows, k, epilogue, device, stream);
   }
 }
 

@@ -18,18 +18,18 @@ bool gemm_int4_wgmma(const char* op, const Operand& a, const Operand& w, const O
   const GemmTile tile = plan_tile(GemmFamily::kInt4, output.m, output.n, k, device.compute_capability, device.sm_count);
   const Affine a_map = affine(a.grid, Layout::kValues);
   WgmmaProblem problem{};
-  problem.unit = 1.0f;
+  problem.output.unit = 1.0f;
   if (w.grid == Grid{GridKind::kInt, 4} && fits_in_eighths(a, w, k)) {
-    problem.epilogue = integer_epilogue(a, w, a_map, {1, 0}, output, k);
-    problem.epilogue.w.weight *= 8;  // everything in eighths
-    problem.unit = 0.125f;
+    problem.output.epilogue = integer_epilogue(a, w, a_map, {1, 0}, output, k);
+    problem.output.epilogue.w.weight *= 8;  // everything in eighths
+    problem.output.unit = 0.125f;
     launch_wgmma<WgmmaInt8, NibbleFragments<WidenInt4>>(op, tile, a, w, problem, k, device, stream);
   } else if (is_fp4(a) || is_fp4(w)) {
-    problem.epilogue = integer_epilogue(a, w, a_map, {1, 0}, output, k);
+    problem.output.epilogue = integer_epilogue(a, w, a_map, {1, 0}, output, k);
     problem.table = value_table(w.grid);
     launch_wgmma<WgmmaInt8, NibbleFragments<WidenByTable>>(op, tile, a, w, problem, k, device, stream);
   } else {
-    problem.epilogue = integer_epilogue(a, w, a_map, affine(w.grid, Layout::kPacked), output, k);
+    problem.output.epilogue = integer_epilogue(a, w, a_map, affine(w.grid, Layout::kPacked), output, k);
     launch_wgmma<WgmmaInt8, NibbleFragments<WidenCodes>>(op, tile, a, w, problem, k, device, stream);
   }
   return true;

@@ -18,7 +18,8 @@ void gemm_int8(const Operand& a, const Operand& w, const float* bias, void* y, D
   if (gemm_int8_wgmma(op, a, w, output, k, device, stream)) return;
   const GemmTile tile = plan_mma_sync(GemmFamily::kInt8, m, n, device.sm_count);
   const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, is_fp4(w)), output, k);
-  launch_int8<SkinnyBytes, SkinnyBytes, ByteLoader, ByteLoader>(op, tile, byte_rows(a, m, k), byte_rows(w, n, k), k, epilogue, stream);
+  launch_int8<SkinnyBytes, SkinnyBytes, ByteLoader, ByteLoader>(op, tile, byte_rows(a, m, k), byte_rows(w, n, k), k, epilogue, device,
+                                                                stream);
 }
 
 }  // namespace quest::cuda

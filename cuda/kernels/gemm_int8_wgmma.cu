@@ -14,8 +14,9 @@ bool gemm_int8_wgmma(const char* op, const Operand& a, const Operand& w, const O
   // The bytes as they are, but c - 128 of 8-bit codes, which is the u of kValues.
   const bool flips = w.layout == Layout::kCodes && w.grid.bits == 8;
   WgmmaProblem problem{};
-  problem.epilogue = integer_epilogue(a, w, affine(a.grid, Layout::kValues), affine(w.grid, flips ? Layout::kValues : w.layout), output, k);
-  problem.unit = 1.0f;
+  problem.output.epilogue =
+      integer_epilogue(a, w, affine(a.grid, Layout::kValues), affine(w.grid, flips ? Layout::kValues : w.layout), output, k);
+  problem.output.unit = 1.0f;
   problem.flip = flips ? 0x80808080u : 0u;
   launch_wgmma<WgmmaInt8, ByteFragments>(op, tile, a, w, problem, k, device, stream);
   return true;

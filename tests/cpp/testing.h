@@ -146,8 +146,12 @@ inline std::vector<uint8_t> to_dtype(const std::vector<float>& values, DType dty
     if (dtype == DType::kFloat16) {
       const int32_t exponent = static_cast<int32_t>(bits >> 23 & 255) - 112;
       half = static_cast<uint16_t>(bits >> 16 & 0x8000);
-      if (exponent > 0) half |= static_cast<uint16_t>(exponent << 10 | (bits >> 13 & 1023));
-      if ((bits >> 23 & 255) == 255) half = static_cast<uint16_t>(half | 0x7C00 | (bits & 0x7FFFFF ? 512 : 0));
+      const bool nan = (bits >> 23 & 255) == 255 && (bits & 0x7FFFFF) != 0;
+      if (exponent > 30) {  // infinite in float16
+        half = static_cast<uint16_t>(half | 0x7C00 | (nan ? 512 : 0));
+      } else if (exponent > 0) {
+        half = static_cast<uint16_t>(half | exponent << 10 | (bits >> 13 & 1023));
+      }
     }
     if (dtype == DType::kFloat32) {
       std::memcpy(data.data() + 4 * i, &bits, 4);

@@ -1,0 +1,178 @@
+// The low-bit products on the GPU, one at a time: microseconds, and what share of the tensor cores' cycles they use at the clock that the
+// GPU really ran at, which tells a kernel that waits from a GPU that is out of power. Prints CSV. Results are compared with the CPU
+// backend's before anything is timed. bench/run.py has the peers.
+//
+// bench_gemm CASE [M N K]...    CASE: w4a4, w1a1, w2a2, w4a8, w8a8 ... (wXaY); without shapes, the paper's 7B layers
+#include <cuda_bf16.h>
+
+#include <array>
+#include <cstring>
+
+#include "bench.h"
+#include "quest/cuda/gemm.h"
+#include "quest/cuda/quantize.h"
+#include "quest/packing.h"
+#include "quest/plan.h"
+
+namespace quest::bench {
+namespace {
+
+constexpr int kCheckedRows = 8;
+constexpr double kSustainedUs = 20e3;  // a round, of which time_graph has 12: long enough for the clock to settle
+
+void serial(int64_t begin, int64_t end, int64_t, const RangeBody& body) { body(begin, end); }
+
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) { check(cudaMalloc(&data_, static_cast<size_t>(bytes)), "cudaMalloc"); }
+  ~Buffer() { cudaFree(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  template <typename T = uint8_t>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// Quantized normal values on the device, `copies` of them one after another.
+class Codes {
+ public:
+  Codes(const Arena& arena, Grid grid, Layout layout, int64_t rows, int64_t k, int copies)
+      : grid_(grid),
+        layout_(layout),
+        rows_(rows),
+        bytes_(rows * row_bytes(layout, k) * (layout == Layout::kPlanes ? grid.bits : 1)),
+        data_(bytes_ * copies),
+        scale_(rows * 4),
+        sum_(rows * 4) {
+    const Quantizer quantizer = parse_quantizer(to_string(grid) + "-none-none");
+    for (int copy = 0; copy < copies; ++copy) {
+      cuda::quantize(quantizer, layout, arena.source, DType::kBFloat16, rows, k,
+                     {data_.as() + copy * bytes_, scale_.as<float>(), sum_.as<int32_t>(), nullptr, nullptr}, nullptr);
+    }
+    check(cudaDeviceSynchronize(), "quantizing the operands");
+  }
+  Operand device(int copy) const { return {grid_, layout_, data_.as() + copy * bytes_, scale_.as<float>(), sum_.as<int32_t>()}; }
+
+  // The first copy on the host; the vectors keep what the operand points to.
+  struct Host {
+    std::vector<uint8_t> data, scale, sum;
+    Operand operand;
+  };
+  Host host() const {
+    Host result{to_host(data_.as(), bytes_), to_host(scale_.as(), 4 * rows_), to_host(sum_.as(), 4 * rows_), {}};
+    result.operand = {grid_, layout_, result.data.data(), reinterpret_cast<const float*>(result.scale.data()),
+                      reinterpret_cast<const int32_t*>(result.sum.data())};
+    return result;
+  }
+
+ private:
+  Grid grid_;
+  Layout layout_;
+  int64_t rows_, bytes_;
+  Buffer data_, scale_, sum_;
+};
+
+// The clock of multiprocessor 0, and the time.
+struct Instant {
+  long long cycles;
+  unsigned long long ns;
+};
+
+__global__ void read_clock(Instant* instant) {
+  uint32_t multiprocessor;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+  if (multiprocessor != 0 || threadIdx.x != 0) return;
+  unsigned long long ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  *instant = {clock64(), ns};
+}
+
+using Product = void (*)(const Operand&, const Operand&, const float*, void*, DType, int64_t, int64_t, int64_t, cudaStream_t);
+using HostProduct = void (*)(const Operand&, const Operand&, const float*, void*, DType, int64_t, int64_t, int64_t, const ParallelFor&);
+
+void bench_shape(const std::string& name, Grid a_grid, Grid w_grid, int64_t m, int64_t n, int64_t k, const Arena& arena) {
+  const GemmOperands operands = plan_operands(w_grid, &a_grid, Sparsity::kNone);
+  Product product = cuda::gemm_int8;
+  HostProduct host_product = gemm_int8;
+  double operations_a_cycle = 8192;  // of a multiprocessor's tensor cores on Hopper
+  if (operands.family == GemmFamily::kInt4) product = cuda::gemm_int4, host_product = gemm_int4;
+  if (operands.family == GemmFamily::kPlanes) product = cuda::gemm_planes, host_product = gemm_planes, operations_a_cycle = 65536;
+  const int64_t w_bytes = n * row_bytes(operands.w, k) * (operands.w == Layout::kPlanes ? w_grid.bits : 1);
+  const int copies = std::min(buffer_count(static_cast<double>(w_bytes)), 64);
+  const Codes a(arena, a_grid, operands.a, m, k, 1), w(arena, w_grid, operands.w, n, k, copies);
+  const Buffer y(m * n * 2);
+
+  auto launch = [&](cudaStream_t stream, int i) {
+    product(a.device(0), w.device(i % copies), nullptr, y.as(), DType::kBFloat16, m, n, k, stream);
+  };
+  launch(nullptr, 0);
+  const int64_t rows = std::min<int64_t>(m, kCheckedRows);
+  std::vector<uint8_t> expected(rows * n * 2);
+  Codes::Host host_a = a.host();
+  const Codes::Host host_w = w.host();
+  if (operands.a == Layout::kPlanes) {  // the checked rows of each plane, side by side
+    for (int plane = 1; plane < a_grid.bits; ++plane) {
+      std::memmove(host_a.data.data() + plane * rows * row_bytes(operands.a, k), host_a.data.data() + plane * m * row_bytes(operands.a, k),
+                   rows * row_bytes(operands.a, k));
+    }
+  }
+  host_product(host_a.operand, host_w.operand, nullptr, expected.data(), DType::kBFloat16, rows, n, k, serial);
+  expect(to_host(y.as(), rows * n * 2) == expected, name + ": another product than the CPU's");
+
+  const double operations = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  const double expected_us = 3 + operations / 1.5e9;
+  const int launches = static_cast<int>(std::max(4.0, std::min(kRoundUs / expected_us, 256.0)));
+  const int replays = static_cast<int>(std::max(1.0, kSustainedUs / (launches * expected_us)));
+  const Buffer instants(2 * sizeof(Instant));
+  Instant* const instant = instants.as<Instant>();
+  read_clock<<<1024, 32>>>(instant);
+  const Times times = time_graph(
+      [&](cudaStream_t stream) {
+        for (int i = 0; i < launches; ++i) launch(stream, i);
+      },
+      launches, replays);
+  read_clock<<<1024, 32>>>(instant + 1);
+  Instant read[2];
+  check(cudaMemcpy(read, instant, sizeof read, cudaMemcpyDeviceToHost), "cudaMemcpy");
+  const double ghz = static_cast<double>(read[1].cycles - read[0].cycles) / static_cast<double>(read[1].ns - read[0].ns);
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "cudaDeviceGetAttribute");
+  const double products = operands.family == GemmFamily::kPlanes ? a_grid.bits * w_grid.bits : 1;
+  const double cycles = operations * products / operations_a_cycle / multiprocessors;
+  std::printf("%s,%s,%ld,%ld,%ld,%.2f,%.1f,%.1f,%.3f,%.3f,%s\n", name.c_str(), to_string(operands.family).c_str(), static_cast<long>(m),
+              static_cast<long>(n), static_cast<long>(k), times.us, times.spread_pct, operations / times.us / 1e6, ghz,
+              cycles / (times.us * ghz * 1e3), gpu_name().c_str());
+  std::fflush(stdout);
+}
+
+void run(int argc, char** argv) {
+  int w_bits = 0, a_bits = 0;
+  expect(argc >= 2 && (argc - 2) % 3 == 0 && std::sscanf(argv[1], "w%da%d", &w_bits, &a_bits) == 2,
+         "expected CASE [M N K]..., where CASE is like w4a4");
+  std::vector<std::array<int64_t, 3>> shapes;
+  for (int i = 2; i < argc; i += 3) shapes.push_back({std::atoll(argv[i]), std::atoll(argv[i + 1]), std::atoll(argv[i + 2])});
+  if (shapes.empty()) {
+    for (const int64_t m : {16, 1024, 4096, 16384}) {
+      for (const auto& [n, k] : {std::array<int64_t, 2>{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}})
+        shapes.push_back({m, n, k});
+    }
+  }
+  const Arena arena;
+  fill_normal<__nv_bfloat16>(arena);
+  std::printf("case,family,M,N,K,time_us,spread_pct,tops,sm_ghz,tensor_share,gpu\n");
+  for (const auto& [m, n, k] : shapes) {
+    bench_shape(argv[1], Grid{GridKind::kInt, a_bits}, Grid{GridKind::kInt, w_bits}, m, n, k, arena);
+  }
+}
+
+}  // namespace
+}  // namespace quest::bench
+
+int main(int argc, char** argv) {
+  quest::bench::run(argc, argv);
+  return 0;
+}
