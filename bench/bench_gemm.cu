@@ -48,7 +48,7 @@ class Codes {
         data_(bytes_ * copies),
         scale_(rows * 4),
         sum_(rows * 4) {
-    const Quantizer quantizer = parse_quantizer(to_string(grid) + "-none-none");
+    const Quantizer quantizer = parse_quantizer(to_string(grid) + "-none-ste");
     for (int copy = 0; copy < copies; ++copy) {
       cuda::quantize(quantizer, layout, arena.source, DType::kBFloat16, rows, k,
                      {data_.as() + copy * bytes_, scale_.as<float>(), sum_.as<int32_t>(), nullptr, nullptr}, nullptr);

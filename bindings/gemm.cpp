@@ -100,18 +100,19 @@ Layout layout_of(GemmFamily family, bool is_weight, const Tensor& tensor) {
 
 Tensor gemm(const char* op, GemmFamily family, const Tensor& a, const Tensor& a_scale, const Tensor& a_sum, const std::string& a_grid,
             const Tensor& w, const Tensor& w_scale, const Tensor& w_sum, const std::optional<Tensor>& w_index, const std::string& w_grid,
-            int64_t k, const std::optional<Tensor>& bias, ScalarType dtype) {
+            int64_t k, const std::optional<Tensor>& bias, ScalarType dtype, const std::string& a_layout) {
   check(k >= 0, op, ": expected k >= 0, got ", k);
   check_same_device(op, "w", w, "a", a);
-  const OperandTensors left(op, "a", a, a_scale, a_sum, std::nullopt, parse_grid(a_grid), layout_of(family, false, a), k);
+  const Layout layout = a_layout.empty() ? layout_of(family, false, a) : parse_layout(a_layout);
+  const OperandTensors left(op, "a", a, a_scale, a_sum, std::nullopt, parse_grid(a_grid), layout, k);
   const OperandTensors right(op, "w", w, w_scale, w_sum, w_index, parse_grid(w_grid), layout_of(family, true, w), k);
   return integer_gemm(op, family, left, right, k, bias, a, {left.rows(), right.rows()}, dtype);
 }
 
-#define QUEST_DENSE_GEMM(name, family)                                                                                                 \
-  Tensor name(const Tensor& a, const Tensor& a_scale, const Tensor& a_sum, std::string a_grid, const Tensor& w, const Tensor& w_scale, \
-              const Tensor& w_sum, std::string w_grid, int64_t k, std::optional<Tensor> bias, ScalarType dtype) {                      \
-    return gemm(#name, family, a, a_scale, a_sum, a_grid, w, w_scale, w_sum, std::nullopt, w_grid, k, bias, dtype);                    \
+#define QUEST_DENSE_GEMM(name, family)                                                                                                  \
+  Tensor name(const Tensor& a, const Tensor& a_scale, const Tensor& a_sum, std::string a_grid, const Tensor& w, const Tensor& w_scale,  \
+              const Tensor& w_sum, std::string w_grid, int64_t k, std::optional<Tensor> bias, ScalarType dtype, std::string a_layout) { \
+    return gemm(#name, family, a, a_scale, a_sum, a_grid, w, w_scale, w_sum, std::nullopt, w_grid, k, bias, dtype, a_layout);           \
   }
 QUEST_DENSE_GEMM(gemm_int8, GemmFamily::kInt8)
 QUEST_DENSE_GEMM(gemm_int4, GemmFamily::kInt4)
@@ -121,7 +122,7 @@ QUEST_DENSE_GEMM(gemm_planes, GemmFamily::kPlanes)
 Tensor gemm_sparse(const Tensor& a, const Tensor& a_scale, const Tensor& a_sum, std::string a_grid, const Tensor& w, const Tensor& w_scale,
                    const Tensor& w_sum, const Tensor& w_index, std::string w_grid, int64_t k, std::optional<Tensor> bias,
                    ScalarType dtype) {
-  return gemm("gemm_sparse", GemmFamily::kSparse, a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_index, w_grid, k, bias, dtype);
+  return gemm("gemm_sparse", GemmFamily::kSparse, a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_index, w_grid, k, bias, dtype, "");
 }
 
 Tensor weight_only(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale, Grid grid, Layout layout,

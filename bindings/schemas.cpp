@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(quest, m) {
     const std::string schema =
         std::string(family) +
         "(Tensor a, Tensor a_scale, Tensor a_sum, str a_grid, Tensor w, Tensor w_scale, Tensor w_sum, str w_grid, int k,"
-        " Tensor? bias, ScalarType dtype) -> Tensor";
+        " Tensor? bias, ScalarType dtype, str a_layout=\"\") -> Tensor";
     m.def(schema.c_str());
   }
   m.def(

@@ -133,8 +133,8 @@ inline IntegerEpilogue integer_epilogue(const Operand& a, const Operand& w, Affi
 
 inline void check_layout(const char* op, const char* name, const Operand& operand, Layout first, Layout second) {
   check_grid(operand.grid);
-  check(has_values(operand.grid), op, ": expected ", name, " of a grid with integer values, got ", to_string(operand.grid),
-        "; dequantize it");
+  check(has_values(operand.grid), op, ": expected ", name, " on a grid with integer values, got ", to_string(operand.grid),
+        "; dequantize it and multiply in floating point");
   check(operand.layout == first || operand.layout == second, op, ": expected ", name, " in layout ", to_string(first),
         first == second ? "" : " or ", first == second ? "" : to_string(second), ", got ", to_string(operand.layout));
   check(operand.layout != Layout::kPacked || operand.grid.bits <= 4, op, ": expected ", name, " of at most 4 bits for layout packed, got ",

@@ -91,15 +91,6 @@ struct WidenCodes {
   }
 };
 
-// 8 v of the 4-bit int grid: 16 c - 120, which needs no other part in the epilogue. Each code moves to the upper half of its byte, whose
-// top bit is turned over.
-struct WidenInt4 {
-  static __device__ __forceinline__ uint32_t widen(uint32_t codes, const WgmmaProblem&) {
-    const uint32_t doubled = __byte_perm(codes, 0, 0x1100);
-    return (((doubled << 4 & 0x00FF00FFu) | (doubled & 0xFF00FF00u)) & 0xF0F0F0F0u) ^ 0x88888888u;
-  }
-};
-
 // Values by table, for grids whose values are no affine function of the code.
 struct WidenByTable {
   static __device__ __forceinline__ uint32_t widen(uint32_t codes, const WgmmaProblem& problem) {
@@ -310,8 +301,8 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       // not to racecheck.
       if (!Tile::SPLIT) named_barrier(group_barrier(group), kWarpgroup);
       row_loads.store(problem.output, factors);
-      store_tile<typename Tile::Piece, Tile::Mma::kPlanes>(problem.output, accumulators, factors, column_loads.factors(problem.output),
-                                                           buffers, &y_map, first_m, first_n, group);
+      store_tile<typename Tile::Piece>(problem.output, accumulators, factors, column_loads.factors(problem.output), buffers, &y_map,
+                                       first_m, first_n, group);
     }
     if (thread == 0) bulk_wait_read<0>();
     __syncwarp();
@@ -359,6 +350,11 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   check(clusters * cluster <= INT32_MAX, op, ": expected at most ", INT32_MAX, " thread blocks; split the rows");
   launch_with({cluster, device.hopper_code}, op, gemm_wgmma_kernel<Tile>, dim3(static_cast<unsigned>(clusters * cluster)),
               dim3(kWgmmaThreads), Tile::SHARED_BYTES, stream, a_map, w_map, y_map, problem);
+}
+
+// Whether an operand's bytes are int8 integers of its affine map: values, and codes of up to 7 bits.
+inline bool is_bytes(const Operand& operand) {
+  return operand.layout == Layout::kValues || (operand.layout == Layout::kCodes && operand.grid.bits < 8 && !is_fp4(operand));
 }
 
 // Whether this GPU has the code, and the copy engine can read both operands: rows that start at multiples of 16 bytes.

@@ -141,6 +141,14 @@ __device__ __forceinline__ void stmatrix_x4_transposed(void* shared, const uint3
                : "memory");
 }
 
+// The same without transposing: lane l gives the address of row l % 8 of matrix l / 8 and holds the elements of row l / 4 in columns 2 (l %
+// 4) and 2 (l % 4) + 1.
+__device__ __forceinline__ void stmatrix_x4(void* shared, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // ---- registers of the warps of one role
 template <int COUNT>
 __device__ __forceinline__ void registers_grow() {

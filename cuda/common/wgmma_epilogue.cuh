@@ -40,8 +40,6 @@ struct Pieces {
 
 struct TileOutput {
   IntegerEpilogue epilogue;
-  float unit;         // y is the product of the u times this, a power of two
-  bool parts;         // the product of the v is not that of the u: it has a factor or parts of rows and columns
   bool tensor_store;  // y is 16-bit, in rows that the copy engine can write
 };
 
@@ -75,7 +73,7 @@ class RowLoads {
     for (int i = 0; i < kRows; ++i) {
       const int in_tile = i * kWarpgroup + static_cast<int>(threadIdx.x % kWarpgroup);
       if (in_tile < BLOCK_M) {
-        factors[in_tile] = {scale_[i] * output.unit, output.epilogue.a.of_codes(sum_[i]) + output.epilogue.constant};
+        factors[in_tile] = {scale_[i], output.epilogue.a.of_codes(sum_[i]) + output.epilogue.constant};
       }
     }
   }
@@ -116,7 +114,7 @@ class ColumnLoads {
 
 // A warpgroup's tile by the copy engine. Where each piece has a buffer, no warp but the one that starts the copies waits for the others
 // after the first.
-template <typename Piece, bool PARTS, bool BFLOAT16>
+template <typename Piece, bool BFLOAT16>
 __device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Piece::BLOCK_M / 2], uint32_t mul, const RowFactors* factors,
                                              const ColumnFactors& column, uint8_t* buffers, const CUtensorMap* y_map, int first_m,
                                              int first_n, int group) {
@@ -124,8 +122,7 @@ __device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Piece
   const int row_in_matrix = lane / 16 * 8 + lane % 8;
   const int target = row_in_matrix * kStoreRowBytes + ((warp * 2 + lane / 8 % 2) ^ (row_in_matrix & 7)) * 16;
   auto value = [&](int index, float scale, uint32_t part, int i) {
-    uint32_t sum = static_cast<uint32_t>(accumulators[index]);
-    if constexpr (PARTS) sum = mul * sum + part + column.part[i];
+    const uint32_t sum = mul * static_cast<uint32_t>(accumulators[index]) + part + column.part[i];
     return scaled(static_cast<float>(static_cast<int32_t>(sum)), scale, column.scale[i], column.bias[i]);
   };
 #pragma unroll
@@ -175,25 +172,17 @@ __device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Piece
   }
 }
 
-// A warpgroup's tile of y. factors: of its rows, written by this warpgroup without a barrier since. PARTS: output.parts holds.
-template <typename Piece, bool PARTS>
+// A warpgroup's tile of y. factors: of its rows, written by this warpgroup without a barrier since.
+template <typename Piece>
 __device__ __forceinline__ void store_tile(const TileOutput& output, const int32_t (&accumulators)[Piece::BLOCK_M / 2],
                                            const RowFactors* factors, const ColumnFactors& column, uint8_t* buffers,
                                            const CUtensorMap* y_map, int first_m, int first_n, int group) {
   const Output& y = output.epilogue.output;
   if (output.tensor_store) {
-    auto store = [&](auto parts, auto bfloat16) {
-      store_pieces<Piece, parts.value, bfloat16.value>(accumulators, output.epilogue.mul, factors, column, buffers, y_map, first_m, first_n,
-                                                       group);
+    auto store = [&](auto bfloat16) {
+      store_pieces<Piece, bfloat16.value>(accumulators, output.epilogue.mul, factors, column, buffers, y_map, first_m, first_n, group);
     };
-    using True = std::true_type;
-    using False = std::false_type;
-    const bool bfloat16 = y.dtype == DType::kBFloat16;
-    if (PARTS || output.parts) {
-      bfloat16 ? store(True{}, True{}) : store(True{}, False{});
-    } else {
-      bfloat16 ? store(False{}, True{}) : store(False{}, False{});
-    }
+    y.dtype == DType::kBFloat16 ? store(std::true_type{}) : store(std::false_type{});
     return;
   }
   named_barrier(group_barrier(group), kWarpgroup);
@@ -215,9 +204,7 @@ __device__ __forceinline__ void store_tile(const TileOutput& output, const int32
 
 // Completes `output`, and makes the copy engine's map of y (of pieces of `rows` rows).
 inline CUtensorMap output_map(const char* op, TileOutput& output, int rows) {
-  const IntegerEpilogue& epilogue = output.epilogue;
-  const Output& y = epilogue.output;
-  output.parts = epilogue.mul != 1 || epilogue.constant != 0 || epilogue.a.weight != 0 || epilogue.w.weight != 0;
+  const Output& y = output.epilogue.output;
   output.tensor_store = y.vectorized && y.dtype != DType::kFloat32;
   if (!output.tensor_store) return {};
   return tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, y.y, y.n, y.m, 1, y.n * 2,

@@ -84,7 +84,8 @@ def _product(
             a.codes, a.scale, a.code_sum, a_grid, w.codes, w.scale, w.code_sum, w.pair_index, w_grid, k, bias, dtype
         )
     family = cast(ops.Family, plan.family)
-    return ops.gemm(family, a.codes, a.scale, a.code_sum, a_grid, w.codes, w.scale, w.code_sum, w_grid, k, bias, dtype)
+    left, right = (a.codes, a.scale, a.code_sum, a_grid), (w.codes, w.scale, w.code_sum, w_grid)
+    return ops.gemm(family, *left, *right, k, bias, dtype, plan.a_layout)
 
 
 class _QuestLinear(torch.autograd.Function):

@@ -121,16 +121,17 @@ def gemm(
     k: int,
     bias: Tensor | None,
     dtype: torch.dtype,
+    a_layout: Layout | None = None,
 ) -> Tensor:
     """gemm_int8, gemm_int4 or gemm_planes: y[m, n] = a_scale[m] w_scale[n] sum_k v_a[m, k] v_w[n, k] + bias[n].
 
     The sum is exact, in int32. a, w: codes of M and N rows as quantize wrote them.
-    family int8: each values (int8) or codes (uint8); int4: w packed, a packed or values (int8); planes: both planes,
-    int grids of 1 to 4 bits.
+    family int8: each values (int8) or codes (uint8); int4: w packed, a packed, values (int8) or codes; planes: both
+    planes, int grids of 1 to 4 bits. a_layout tells uint8 codes of family int4 from packed ones, which None takes.
     a_scale, w_scale: float32 [M], [N]; a_sum, w_sum: int32 [M], [N]; bias: float32 [N] or None.
     dtype: float32, bfloat16 or float16, of y [M, N]. Raises where K is so large that the sum may not fit int32.
     """
-    return _op("gemm_" + family)(a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_grid, k, bias, dtype)
+    return _op("gemm_" + family)(a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_grid, k, bias, dtype, a_layout or "")
 
 
 def gemm_sparse(
@@ -263,6 +264,7 @@ def _(
     k: int,
     bias: Tensor | None,
     dtype: torch.dtype,
+    a_layout: str = "",
 ) -> Tensor:
     return a_scale.new_empty((a_scale.shape[0], w_scale.shape[0]), dtype=dtype)
 

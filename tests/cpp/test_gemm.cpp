@@ -125,7 +125,9 @@ TEST(Gemm, Int4IsExactForAllGridsAndLayouts) {
   Random random(2);
   for (const Grid w : value_grids(4)) {
     for (const Grid a : value_grids(8)) {
-      expect_exact(gemm_int4, make(random, a, Layout::kValues, 3, 145), make(random, w, Layout::kPacked, 7, 145), random);
+      for (const Layout layout : {Layout::kValues, Layout::kCodes}) {
+        expect_exact(gemm_int4, make(random, a, layout, 3, 145), make(random, w, Layout::kPacked, 7, 145), random);
+      }
       if (a.bits > 4) continue;
       expect_exact(gemm_int4, make(random, a, Layout::kPacked, 3, 145), make(random, w, Layout::kPacked, 7, 145), random);
     }
@@ -290,13 +292,13 @@ TEST(Gemm, WeightOnlyForAllGridsLayoutsAndTypes) {
 TEST(Gemm, Errors) {
   Random random(12);
   const Matrix codes = make(random, kInt4, Layout::kCodes, 1, 8), packed = make(random, kInt4, Layout::kPacked, 1, 8);
-  const Matrix gauss = make(random, {GridKind::kGauss, 4}, Layout::kCodes, 1, 8);
+  const Matrix planes = make(random, kInt4, Layout::kPlanes, 1, 8), gauss = make(random, {GridKind::kGauss, 4}, Layout::kCodes, 1, 8);
   const Matrix ternary = make(random, {GridKind::kTernary, 2}, Layout::kPlanes, 1, 8);
   const auto error = [](Gemm gemm, const Matrix& a, const Matrix& w) {
     return error_text([&] { multiply(gemm, a, w, nullptr, serial_for); });
   };
   EXPECT_CONTAINS(error(gemm_int8, codes, packed), "gemm_int8: expected w in layout values or codes, got packed");
-  EXPECT_CONTAINS(error(gemm_int4, codes, packed), "gemm_int4: expected a in layout packed or values, got codes");
+  EXPECT_CONTAINS(error(gemm_int4, planes, packed), "gemm_int4: expected a in layout packed or values, got planes");
   EXPECT_CONTAINS(error(gemm_int8, gauss, codes), "expected a on a grid with integer values, got gauss4");
   EXPECT_CONTAINS(error(gemm_planes, ternary, ternary), "expected int grids of 1 to 4 bits, got ternary");
   EXPECT_CONTAINS(error(gemm_sparse, packed, packed), "expected w with a 4:8 index, got none");

@@ -14,7 +14,7 @@ TEST(Plan, PlanesWhereTheyPay) {
       const GemmOperands plan = plan_operands(weight, &activation, Sparsity::kNone);
       const bool planes = a * w <= 6 && a <= 4 && w <= 4;
       EXPECT_EQ(plan.family, planes ? GemmFamily::kPlanes : w <= 4 ? GemmFamily::kInt4 : GemmFamily::kInt8) << a << " x " << w;
-      EXPECT_EQ(plan.a, planes ? Layout::kPlanes : Layout::kValues);
+      EXPECT_EQ(plan.a, planes ? Layout::kPlanes : a < 8 ? Layout::kCodes : Layout::kValues);
       EXPECT_EQ(plan.w, planes ? Layout::kPlanes : w <= 4 ? Layout::kPacked : Layout::kCodes);
     }
   }

@@ -266,21 +266,21 @@ TEST_F(Gemm, TensorCopiesOfEveryTile) {
                                      {64, 1000, 32768}, {100, 4000, 512}, {128, 128, 128},  {200, 257, 80},
                                      {300, 520, 3088},  {700, 3000, 144}, {2600, 4100, 208}};
   for (const Shape& s : shapes) {
-    const Matrix values4(random, int4, Layout::kValues, s.m, s.k), values8(random, int8, Layout::kValues, s.m, s.k),
-        values_fp4(random, fp4, Layout::kValues, s.m, s.k);
+    const Matrix codes4(random, int4, Layout::kCodes, s.m, s.k), values4(random, int4, Layout::kValues, s.m, s.k),
+        values8(random, int8, Layout::kValues, s.m, s.k), values_fp4(random, fp4, Layout::kValues, s.m, s.k);
     const Matrix packed4(random, int4, Layout::kPacked, s.n, s.k), packed_fp4(random, fp4, Layout::kPacked, s.n, s.k),
         packed_ternary(random, ternary, Layout::kPacked, s.n, s.k);
     const Matrix codes7(random, int7, Layout::kCodes, s.n, s.k), codes8(random, int8, Layout::kCodes, s.n, s.k),
         own4(random, int4, Layout::kValues, s.n, s.k);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
-      check_product(kInt4, values4, packed4, s.m, s.n, s.k, dtype);
+      check_product(kInt4, codes4, packed4, s.m, s.n, s.k, dtype);
     check_product(kInt4, values8, packed4, s.m, s.n, s.k, DType::kBFloat16);
     check_product(kInt4, values_fp4, packed_fp4, s.m, s.n, s.k, DType::kBFloat16, false);
     check_product(kInt4, values4, packed_ternary, s.m, s.n, s.k, DType::kBFloat16);
     check_product(kInt4, values_fp4, packed4, s.m, s.n, s.k, DType::kFloat16);
     check_product(kInt4, values8, packed_fp4, s.m, s.n, s.k, DType::kFloat16);
     check_product(kInt8, values8, codes8, s.m, s.n, s.k, DType::kBFloat16);
-    check_product(kInt8, values4, codes7, s.m, s.n, s.k, DType::kBFloat16, false);
+    check_product(kInt8, codes4, codes7, s.m, s.n, s.k, DType::kBFloat16, false);
     check_product(kInt8, values_fp4, own4, s.m, s.n, s.k, DType::kBFloat16);
     for (const auto& [bits_a, bits_w] : {std::pair{1, 1}, std::pair{1, 2}, std::pair{2, 2}, std::pair{3, 2}, std::pair{4, 4}}) {
       const Matrix a(random, {GridKind::kInt, bits_a}, Layout::kPlanes, s.m, s.k),
@@ -297,7 +297,7 @@ TEST_F(Gemm, TensorCopiesOfManyTiles) {
   const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8};
   for (const auto& [block_m, s] : {std::pair{256, Shape{1025, 4104, 1040}}, std::pair{128, Shape{1400, 6016, 640}}}) {
     EXPECT_EQ(plan_tile(GemmFamily::kInt4, s.m, s.n, s.k, 90, 132).block_m, block_m);
-    const Matrix a(random, int4, Layout::kValues, s.m, s.k), a8(random, int8, Layout::kValues, s.m, s.k);
+    const Matrix a(random, int4, Layout::kCodes, s.m, s.k), a8(random, int8, Layout::kValues, s.m, s.k);
     const Matrix w(random, int4, Layout::kPacked, s.n, s.k), w8(random, int8, Layout::kCodes, s.n, s.k);
     check_product(kInt4, a, w, s.m, s.n, s.k, DType::kBFloat16);
     check_product(kInt4, a8, w, s.m, s.n, s.k, DType::kFloat16);
@@ -310,33 +310,35 @@ TEST_F(Gemm, TensorCopiesOfManyTiles) {
   }
 }
 
+// Rows of w that stay in shared memory while the tiles of a thread block cross from one block of them to the next: never, once, at every
+// other tile; K of one chunk, of as many as fit, and of more.
+TEST_F(Gemm, TensorCopiesOfBitsThatStay) {
+  Random random(35);
+  const Grid int1{GridKind::kInt, 1};
+  for (const Shape& s : {Shape{65, 40, 144}, Shape{1025, 9608, 4096}, Shape{2600, 4100, 2064}, Shape{66, 70000, 1024},
+                         Shape{130, 20000, 6160}, Shape{4000, 264, 3088}, Shape{300, 520, 16400}}) {
+    const Matrix a(random, int1, Layout::kPlanes, s.m, s.k), w(random, int1, Layout::kPlanes, s.n, s.k);
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      check_product(kPlanes, a, w, s.m, s.n, s.k, dtype, dtype != DType::kFloat16);
+    }
+  }
+}
+
 TEST_F(Gemm, TensorCopiesOfEveryPairOfGrids) {
   Random random(33);
   const Shape s{33, 72, 144};
   const Grid int8{GridKind::kInt, 8}, int_zero8{GridKind::kIntZero, 8}, int4{GridKind::kInt, 4}, fp4{GridKind::kFp4, 4};
   for (const Grid a_grid : {int8, int_zero8, int4, fp4}) {
-    const Matrix a(random, a_grid, Layout::kValues, s.m, s.k);
+    const Matrix values(random, a_grid, Layout::kValues, s.m, s.k), codes(random, a_grid, Layout::kCodes, s.m, s.k);
     for (const Grid w_grid : testing::all_grids()) {
       if (!has_values(w_grid)) continue;
       for (const Layout layout : {Layout::kPacked, Layout::kCodes, Layout::kValues}) {
         if (layout == Layout::kPacked && w_grid.bits > 4) continue;
         const Matrix w(random, w_grid, layout, s.n, s.k);
         for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-          check_product(layout == Layout::kPacked ? kInt4 : kInt8, a, w, s.m, s.n, s.k, dtype);
+          for (const Matrix* a : {&values, &codes}) check_product(layout == Layout::kPacked ? kInt4 : kInt8, *a, w, s.m, s.n, s.k, dtype);
         }
       }
-    }
-  }
-}
-
-// The kernel of 4-bit weights works in eighths as long as these fit int32: K on both sides of that, all codes at the top.
-TEST_F(Gemm, TensorCopiesOfLongRows) {
-  Random random(34);
-  const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8};
-  for (const int64_t k : {70176, 70192, 139808, 139824}) {
-    for (const int64_t m : {4, 40}) {
-      const Matrix a(random, int8, Layout::kValues, m, k, Fill::kTop), w(random, int4, Layout::kPacked, 40, k, Fill::kTop);
-      check_product(kInt4, a, w, m, 40, k);
     }
   }
 }

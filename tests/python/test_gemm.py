@@ -58,7 +58,7 @@ def check(
     expected = exact.float() * a_scale[:, None] * w_scale
     left = [t.to(device) for t in (in_layout(a_grid, a, a_layout), a_scale, a.sum(-1).int())]
     right = [t.to(device) for t in (in_layout(w_grid, w, w_layout), w_scale, w.sum(-1).int())]
-    y = ops.gemm(family, *left, a_grid, *right, w_grid, a.shape[-1], None, torch.float32)
+    y = ops.gemm(family, *left, a_grid, *right, w_grid, a.shape[-1], None, torch.float32, a_layout)
     assert torch.equal(y.cpu(), expected)
 
 
@@ -85,7 +85,7 @@ INT4_GRIDS = ["int1", "int3", "int4", "int_zero4", "fp4", "ternary"]
 
 @pytest.mark.parametrize(
     ("a_grid", "a_layout"),
-    [("int8", "values"), *((grid, layout) for grid in INT4_GRIDS for layout in ("values", "packed"))],
+    [("int8", "values"), *((grid, layout) for grid in INT4_GRIDS for layout in ("values", "packed", "codes"))],
 )
 @pytest.mark.parametrize("w_grid", INT4_GRIDS)
 def test_int4_grids(a_grid: str, w_grid: str, a_layout: str, device: torch.device) -> None:
@@ -94,7 +94,7 @@ def test_int4_grids(a_grid: str, w_grid: str, a_layout: str, device: torch.devic
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("a_layout", ["values", "packed"])
+@pytest.mark.parametrize("a_layout", ["values", "packed", "codes"])
 def test_int4_shapes(a_layout: str, m: int, n: int, k: int, device: torch.device) -> None:
     check("int4", "int4", a_layout, "int4", "packed", random_codes("int4", m, k), random_codes("int4", n, k), device)
 
