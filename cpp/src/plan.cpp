@@ -23,8 +23,9 @@ struct TileRow {
   const char* reason;
 };
 
-constexpr TileRow kSkinny = {16, 32, "skinny",
-                             "at most 16 rows: bound by the bytes of w, which are read once; the 8 warps of a block share K"};
+constexpr TileRow kSkinny = {16, 16, "skinny", "at most 16 rows: bound by the bytes of w, which are read once; a stays in shared memory"};
+constexpr TileRow kSkinnyFloats = {16, 32, "skinny",
+                                   "at most 16 rows: bound by the bytes of w, which are read once; the 8 warps of a block share K"};
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
@@ -40,9 +41,12 @@ constexpr int32_t kMaxSplit = 4;         // splits of 8 took longer than their s
 constexpr int32_t kMinStages = 4;        // stages a thread block takes at least, so that sums of few stages are not split further
 constexpr int32_t kSplitBlocksOfSm = 2;  // thread blocks that a multiprocessor holds of the split kernels
 
-// Families with a kernel for few rows; the others use the small tile.
-bool has_skinny(GemmFamily family) {
-  return family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kWeightOnly;
+// Shared memory that a thread block can have beside the 42 KB of the skinny kernel's own.
+int64_t skinny_room(int32_t compute_capability) {
+  constexpr int64_t kKilobyte = 1024;
+  const bool large = compute_capability == 90 || compute_capability / 10 == 10;
+  const bool middle = compute_capability == 80 || compute_capability == 87;
+  return ((large ? 227 : middle ? 163 : 99) - 42) * kKilobyte;
 }
 
 int64_t tiles(const TileRow& row, int64_t m, int64_t n) {
@@ -56,13 +60,15 @@ int32_t elements_of_64_bytes(GemmFamily family) {
 
 int64_t waves(int64_t tiles, int64_t at_once) { return (tiles + at_once - 1) / at_once; }
 
+GemmTile skinny_tile() { return {kSkinny.kernel, false, kSkinny.block_m, kSkinny.block_n, 128, 1, 1, kSkinny.reason}; }
+
 GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
   const int32_t block_k = 2 * elements_of_64_bytes(family);
-  // Blocks in pairs copy less of a each; tiles of bits are too short to wait for each other.
-  const int32_t pair = family == GemmFamily::kPlanes ? 1 : 2;
+  constexpr int32_t pair = 2;  // blocks that copy half of their a each
   auto tile = [&](const TileRow& row, int32_t cluster, int32_t split) {
     return GemmTile{row.kernel, true, row.block_m, row.block_n, block_k, cluster, split, row.reason};
   };
+  if (m <= kSkinny.block_m && plan_skinny(family, m, k, 90)) return skinny_tile();
   const bool few_tiles = m <= 2 * kWgmma64.block_m && 2 * tiles(kWgmma128, m, n) <= sm_count;
   if (m <= kWgmma64.block_m || few_tiles) {
     const TileRow& row = m <= kWgmma16.block_m ? kWgmma16 : kWgmma64;
@@ -132,14 +138,22 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
   const bool has_wgmma = family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes;
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
-  return compute_capability == 90 && has_wgmma ? plan_wgmma(family, m, n, k, sm_count) : plan_mma_sync(family, m, n, sm_count);
+  return compute_capability == 90 && has_wgmma ? plan_wgmma(family, m, n, k, sm_count)
+                                               : plan_mma_sync(family, m, n, k, compute_capability, sm_count);
 }
 
-GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {
-  const bool skinny = m <= kSkinny.block_m && has_skinny(family);
-  const TileRow& row = skinny ? kSkinny : tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
+bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability) {
+  if (m > kSkinny.block_m || (family != GemmFamily::kInt8 && family != GemmFamily::kInt4)) return false;
+  const int64_t rows = m <= 8 ? 8 : 16, columns = (k + 127) / 128 * 128;
+  return rows * columns <= skinny_room(compute_capability);
+}
+
+GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
+  if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
+  const bool floats = m <= kSkinnyFloats.block_m && family == GemmFamily::kWeightOnly;
+  const TileRow& row = floats ? kSkinnyFloats : tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
   // The skinny kernels take slices of 128 columns, the others 64 bytes of a row.
-  return {row.kernel, false, row.block_m, row.block_n, skinny ? 128 : elements_of_64_bytes(family), 1, 1, row.reason};
+  return {row.kernel, false, row.block_m, row.block_n, floats ? 128 : elements_of_64_bytes(family), 1, 1, row.reason};
 }
 
 }  // namespace quest

@@ -62,8 +62,7 @@ struct LaunchOptions {
 template <typename... Parameters, typename... Arguments>
 void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t stream, const Arguments&... arguments) {
-  constexpr size_t kSharedWithoutOptIn = 48 * 1024;
-  if (shared_bytes > kSharedWithoutOptIn) {
+  if (shared_bytes > 0) {  // beyond 48 KB, static shared memory included, only for the asking
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
   }

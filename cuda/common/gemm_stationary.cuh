@@ -55,47 +55,74 @@ struct StationaryTile {
   }
 };
 
+// What a thread needs of 32 columns: two in every 8.
+template <typename Tile, bool BIAS>
+struct ThreadColumns {
+  static constexpr int COLUMNS = 32, COUNT = COLUMNS / 8;
+  uint4 factors[COUNT];  // scale, part; scale, part
+  float2 bias[COUNT];
+
+  __device__ __forceinline__ void load(const typename Tile::Columns& columns, int first) {
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) {
+      const int n = first + j * 8 + threadIdx.x % 4 * 2;
+      factors[j] = *reinterpret_cast<const uint4*>(&columns.factors[n]);
+      bias[j] = BIAS ? *reinterpret_cast<const float2*>(&columns.bias[n]) : make_float2(0.0f, 0.0f);
+    }
+  }
+};
+
 // A warp's 16 rows of a tile of y. rows: of the thread's two, lane / 4 and 8 further. buffer: which one comes next, kept from tile to tile.
 template <typename Tile, bool BIAS, bool BFLOAT16>
 __device__ __forceinline__ void store_stationary(const int32_t (&accumulators)[Tile::BLOCK_N / 2], uint32_t mul,
                                                  const RowFactors (&rows)[2], const typename Tile::Columns& columns, uint8_t* buffers,
                                                  int& buffer, const CUtensorMap* y_map, int first_m, int first_n) {
+  using Loaded = ThreadColumns<Tile, BIAS>;
+  constexpr int kParts = Tile::BLOCK_N / Loaded::COLUMNS, kPartsOfPiece = Tile::PIECE_COLUMNS / Loaded::COLUMNS;
   const int lane = threadIdx.x % 32;
   const int matrix_row = lane % 16;
   const int target = matrix_row * Tile::PIECE_COLUMNS * 2, flip = matrix_row & 7;
+  Loaded loaded[2];
+  loaded[0].load(columns, 0);
 #pragma unroll
-  for (int piece = 0; piece < Tile::PIECES; ++piece) {
-    if (lane == 0) bulk_wait_read<Tile::BUFFERS - 1>();
-    __syncwarp();
-    uint8_t* const base = buffers + buffer * Tile::PIECE_BYTES;
+  for (int part = 0; part < kParts; ++part) {
+    if (part + 1 < kParts) loaded[(part + 1) % 2].load(columns, (part + 1) * Loaded::COLUMNS);  // used after this part's arithmetic
+    const Loaded& column = loaded[part % 2];
+    uint32_t words[Loaded::COUNT / 2][4];
 #pragma unroll
-    for (int j = 0; j < Tile::PIECE_COLUMNS / 8; j += 2) {
-      uint32_t words[4];
+    for (int j = 0; j < Loaded::COUNT; ++j) {
+      const uint4 pair = column.factors[j];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = piece * Tile::PIECE_COLUMNS + (j + half) * 8 + lane % 4 * 2, index = piece * 32 + (j + half) * 4;
-        const uint4 pair = *reinterpret_cast<const uint4*>(&columns.factors[column]);
-        const float2 bias = BIAS ? *reinterpret_cast<const float2*>(&columns.bias[column]) : make_float2(0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          auto value = [&](int32_t accumulator, uint32_t part, uint32_t scale, float add) {
-            const uint32_t sum = mul * static_cast<uint32_t>(accumulator) + rows[i].part + part;
-            return scaled(static_cast<float>(static_cast<int32_t>(sum)), rows[i].scale, __uint_as_float(scale), add);
-          };
-          const float low = value(accumulators[index + 2 * i], pair.y, pair.x, bias.x);
-          const float high = value(accumulators[index + 2 * i + 1], pair.w, pair.z, bias.y);
-          words[half * 2 + i] = BFLOAT16 ? pack_bfloat16(low, high) : pack_float16(low, high);
-        }
+      for (int i = 0; i < 2; ++i) {
+        auto value = [&](int32_t accumulator, uint32_t column_part, uint32_t scale, float bias) {
+          const uint32_t sum = mul * static_cast<uint32_t>(accumulator) + rows[i].part + column_part;
+          return scaled(static_cast<float>(static_cast<int32_t>(sum)), rows[i].scale, __uint_as_float(scale), bias);
+        };
+        const int index = (part * Loaded::COUNT + j) * 4 + 2 * i;
+        const float low = value(accumulators[index], pair.y, pair.x, column.bias[j].x);
+        const float high = value(accumulators[index + 1], pair.w, pair.z, column.bias[j].y);
+        words[j / 2][j % 2 * 2 + i] = BFLOAT16 ? pack_bfloat16(low, high) : pack_float16(low, high);
       }
-      stmatrix_x4(base + target + ((j + lane / 16) ^ flip) * 16, words);
     }
-    async_proxy_fence();
-    __syncwarp();
-    if (lane == 0) {
-      tensor_store(y_map, base, first_n + piece * Tile::PIECE_COLUMNS, first_m);
-      bulk_commit();
+    uint8_t* const base = buffers + buffer * Tile::PIECE_BYTES;
+    const int part_of_piece = part % kPartsOfPiece;
+    if (part_of_piece == 0) {
+      if (lane == 0) bulk_wait_read<Tile::BUFFERS - 1>();
+      __syncwarp();
     }
-    if (++buffer == Tile::BUFFERS) buffer = 0;
+#pragma unroll
+    for (int j = 0; j < Loaded::COUNT; j += 2) {
+      stmatrix_x4(base + target + ((part_of_piece * Loaded::COUNT + j + lane / 16) ^ flip) * 16, words[j / 2]);
+    }
+    if (part_of_piece + 1 == kPartsOfPiece) {
+      async_proxy_fence();
+      __syncwarp();
+      if (lane == 0) {
+        tensor_store(y_map, base, first_n + part / kPartsOfPiece * Tile::PIECE_COLUMNS, first_m);
+        bulk_commit();
+      }
+      if (++buffer == Tile::BUFFERS) buffer = 0;
+    }
   }
 }
 

@@ -367,7 +367,7 @@ inline bool takes_wgmma(const Operand& a, const Operand& w, int64_t k, const Dev
 template <typename Mma, typename Fragments>
 void launch_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const WgmmaProblem& problem, int64_t k,
                   const Device& device, cudaStream_t stream) {
-  constexpr int kLargeCluster = Mma::kPlanes ? 1 : 2;
+  constexpr int kLargeCluster = 2;
   const bool large = tile.block_m == 256;
   check(tile.wgmma && tile.cluster == (large ? kLargeCluster : 1) && tile.split_k <= kMaxSplit, op, ": no kernel for the planned tile ",
         tile.kernel, " with clusters of ", tile.cluster, " and split ", tile.split_k);

@@ -1,8 +1,6 @@
 // gemm_int4: y = s_a s_w (v_a v_w^T) + bias of a packed weight and a packed or int8 activation. Hopper has no 4-bit tensor cores (they are
-// emulated there at a few percent of the int8 rate), so nibbles are widened to int8: in registers, on wgmma (gemm_int4_wgmma.cu); else once
-// per tile on their way to shared memory.
-#include <cstdlib>
-
+// emulated there at a few percent of the int8 rate), so nibbles are widened to int8: in registers, for few rows and on wgmma
+// (gemm_int4_wgmma.cu); else once per tile on their way to shared memory.
 #include "common/gemm_skinny.cuh"
 #include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
@@ -18,18 +16,25 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
-  if (!(m <= 16 && getenv("QUEST_SKINNY")) && gemm_int4_wgmma(op, a, w, output, k, device, stream)) return;
-  const bool looks_up = is_fp4(a) || is_fp4(w);
-  const GemmTile tile = plan_mma_sync(GemmFamily::kInt4, m, n, device.sm_count);
+  const bool skinny = plan_skinny(GemmFamily::kInt4, m, k, device.compute_capability);
+  if (!skinny && gemm_int4_wgmma(op, a, w, output, k, device, stream)) return;
+  const GemmTile tile = plan_mma_sync(GemmFamily::kInt4, m, n, k, device.compute_capability, device.sm_count);
+  const bool packed = a.layout == Layout::kPacked;
+  const bool looks_up = is_fp4(w) || (packed && is_fp4(a));
   const NibbleRows w_rows = nibble_rows(op, "w", w, n, k, looks_up);
-  if (a.layout == Layout::kPacked) {
-    const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, looks_up), operand_affine(w, looks_up), output, k);
-    launch_int8<SkinnyNibbles, SkinnyNibbles, NibbleLoader, NibbleLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, k,
-                                                                          epilogue, device, stream);
-  } else {
-    const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, looks_up), output, k);
-    launch_int8<SkinnyBytes, SkinnyNibbles, ByteLoader, NibbleLoader>(op, tile, byte_rows(a, m, k), w_rows, k, epilogue, device, stream);
-  }
+  const IntegerEpilogue epilogue =
+      integer_epilogue(a, w, operand_affine(a, packed ? looks_up : is_fp4(a)), operand_affine(w, looks_up), output, k);
+  auto multiply = [&](const auto& a_rows, auto load_a) {
+    if (!skinny) {
+      launch_tile<MmaInt8, decltype(load_a)::template Loader, NibbleLoader>(op, tile, a_rows, w_rows, steps_of(k), epilogue, stream);
+    } else if (looks_up) {
+      launch_skinny<MmaInt8, SkinnyTable>(op, a_rows, w_rows, k, epilogue, device, stream);
+    } else {
+      launch_skinny<MmaInt8, SkinnyNibbles>(op, a_rows, w_rows, k, epilogue, device, stream);
+    }
+  };
+  packed ? multiply(nibble_rows(op, "a", a, m, k, looks_up), LoadWith<NibbleLoader>{})
+         : multiply(byte_rows(a, m, k), LoadWith<ByteLoader>{});
 }
 
 }  // namespace quest::cuda

@@ -1,7 +1,5 @@
 // gemm_int8: y = s_a s_w (v_a v_w^T) + bias of operands stored one integer a byte. On wgmma (gemm_int8_wgmma.cu) bytes go to the tensor
-// cores as they lie in memory; else codes are turned into values on their way to shared memory.
-#include <cstdlib>
-
+// cores as they lie in memory; else codes are turned into values on their way there.
 #include "common/gemm_skinny.cuh"
 #include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
@@ -17,11 +15,16 @@ void gemm_int8(const Operand& a, const Operand& w, const float* bias, void* y, D
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
-  if (!(m <= 16 && getenv("QUEST_SKINNY")) && gemm_int8_wgmma(op, a, w, output, k, device, stream)) return;
-  const GemmTile tile = plan_mma_sync(GemmFamily::kInt8, m, n, device.sm_count);
+  const bool skinny = plan_skinny(GemmFamily::kInt8, m, k, device.compute_capability);
+  if (!skinny && gemm_int8_wgmma(op, a, w, output, k, device, stream)) return;
+  const ByteRows a_rows = byte_rows(a, m, k), w_rows = byte_rows(w, n, k);
   const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, is_fp4(w)), output, k);
-  launch_int8<SkinnyBytes, SkinnyBytes, ByteLoader, ByteLoader>(op, tile, byte_rows(a, m, k), byte_rows(w, n, k), k, epilogue, device,
-                                                                stream);
+  if (skinny) {
+    launch_skinny<MmaInt8, SkinnyBytes>(op, a_rows, w_rows, k, epilogue, device, stream);
+  } else {
+    const GemmTile tile = plan_mma_sync(GemmFamily::kInt8, m, n, k, device.compute_capability, device.sm_count);
+    launch_tile<MmaInt8, ByteLoader, ByteLoader>(op, tile, a_rows, w_rows, steps_of(k), epilogue, stream);
+  }
 }
 
 }  // namespace quest::cuda

@@ -1,5 +1,5 @@
 // gemm_planes: the product of bit planes, sum c_a c_w = sum_ij 2^(i+j) popcount(plane_i(a) & plane_j(w)), on the 1-bit tensor cores.
-#include "common/gemm_tile.cuh"
+#include "common/gemm_skinny.cuh"
 #include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
 
@@ -27,9 +27,14 @@ void gemm_planes(const Operand& a, const Operand& w, const float* bias, void* y,
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
-  if (gemm_planes_wgmma(op, a, w, output, k, device, stream)) return;
-  const GemmTile tile = plan_mma_sync(GemmFamily::kPlanes, m, n, device.sm_count);
   const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, false), operand_affine(w, false), output, k);
+  // One plane each: bytes of 8 products.
+  if (a.grid.bits * w.grid.bits == 1 && plan_skinny(GemmFamily::kInt8, m, a_rows.row_bytes, device.compute_capability)) {
+    launch_skinny<MmaBits, SkinnyBytes>(op, a_rows, w_rows, a_rows.row_bytes, epilogue, device, stream);
+    return;
+  }
+  if (gemm_planes_wgmma(op, a, w, output, k, device, stream)) return;
+  const GemmTile tile = plan_mma_sync(GemmFamily::kPlanes, m, n, k, device.compute_capability, device.sm_count);
   launch_tile<MmaBits, ByteLoader, ByteLoader>(op, tile, a_rows, w_rows, steps_of(a_rows.row_bytes, a.grid.bits, w.grid.bits), epilogue,
                                                stream);
 }

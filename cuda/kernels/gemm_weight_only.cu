@@ -4,7 +4,7 @@
 // bfloat16 and float16: tensor cores with float32 sums; the tiled kernel of all families, or for at most 16 rows one after the scheme of
 // gemm_skinny.cuh, which reads the weight once. Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them.
 // float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
-#include "common/gemm_skinny.cuh"
+#include "common/gemm_tile.cuh"
 #include "quest/cuda/gemm.h"
 
 namespace quest::cuda {
@@ -116,6 +116,39 @@ using BFloat16Loader = LevelLoader<ROWS, MmaBFloat16>;
 template <int ROWS>
 using Float16Loader = LevelLoader<ROWS, MmaFloat16>;
 
+constexpr int kSkinnyThreads = 256, kSkinnyWarps = kSkinnyThreads / 32;
+constexpr int kSkinnyBlocks = 2;  // a multiprocessor: leaves a thread 128 registers, most of them loads in flight
+constexpr int kSkinnyM = 16, kSkinnyN = 32;
+constexpr int kSliceColumns = 128, kLaneColumns = 32;
+
+// Adds the warps' [32, 16] accumulators (mma fragments of 2 x 2) and writes y. scratch: kSkinnyWarps * 512 words.
+__device__ void store_skinny(const RealEpilogue& epilogue, const float (&accumulators)[2][2][4], float* scratch, int64_t first_n) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Word [m][n] of a warp's scratch: the reading threads differ in n.
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int n = i * 16 + lane / 4 + c / 2 * 8;
+        const int m = j * 8 + lane % 4 * 2 + c % 2;
+        scratch[warp * kSkinnyM * kSkinnyN + m * kSkinnyN + n] = accumulators[i][j][c];
+      }
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSkinnyM * kSkinnyN / kSkinnyThreads; ++i) {
+    const int word = i * kSkinnyThreads + threadIdx.x;
+    const int m = word / kSkinnyN, n = word % kSkinnyN;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kSkinnyWarps; ++w) sum += scratch[w * kSkinnyM * kSkinnyN + word];
+    if (m < epilogue.output.m && first_n + n < epilogue.output.n) store_element(epilogue, m, first_n + n, sum, 0, 0);
+  }
+}
+
 // At most 16 rows of x: the scheme of gemm_skinny.cuh with 16-bit floats, so the 32 columns of a lane are 16 words, 4 of each chunk.
 template <typename Mma>
 __global__ __launch_bounds__(kSkinnyThreads, kSkinnyBlocks) void skinny_kernel(const __grid_constant__ ByteRows x_rows,
@@ -124,7 +157,6 @@ __global__ __launch_bounds__(kSkinnyThreads, kSkinnyBlocks) void skinny_kernel(c
   constexpr int kChunks = kLaneColumns / kChunk;
   __shared__ float scratch[kSkinnyWarps * kSkinnyM * kSkinnyN];
   __shared__ float table[kMaxLevels];
-  __shared__ int32_t no_sums[kSkinnyN];
   w_rows.fill_table(table);
 
   const int64_t first_n = static_cast<int64_t>(blockIdx.x) * kSkinnyN;
@@ -164,7 +196,7 @@ __global__ __launch_bounds__(kSkinnyThreads, kSkinnyBlocks) void skinny_kernel(c
       }
     }
   }
-  store_skinny(epilogue, accumulators, scratch, first_n, no_sums, no_sums);
+  store_skinny(epilogue, accumulators, scratch, first_n);
 }
 
 constexpr int kRealM = 32, kRealN = 64, kRealK = 32, kRealThreads = 128;
@@ -270,7 +302,7 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
            is_aligned(x, 16) && k % 8 == 0, w_rows, epilogue);
     return;
   }
-  const GemmTile tile = plan_mma_sync(GemmFamily::kWeightOnly, m, n, device.sm_count);
+  const GemmTile tile = plan_mma_sync(GemmFamily::kWeightOnly, m, n, k, device.compute_capability, device.sm_count);
   const ByteRows x_rows = plain_rows(x, m, k * element_size(dtype));
   const bool bfloat16 = dtype == DType::kBFloat16;
   if (tile.block_m == kSkinnyM) {

@@ -61,26 +61,30 @@ TEST(Plan, HopperTilesByRows) {
   EXPECT_EQ(plan(512, 4096, 4096).block_m, 128);   // 64 tiles of 256 rows would leave half of them idle
   EXPECT_EQ(plan(64, 4096, 4096).block_m, 64);
   EXPECT_EQ(plan(128, 4096, 4096).block_m, 64);
-  EXPECT_EQ(plan(16, 4096, 4096).block_m, 16);
+  EXPECT_STREQ(plan(16, 4096, 4096).kernel, "skinny");
+  EXPECT_STREQ(plan(16, 4096, 11008).kernel, "skinny");
+  EXPECT_EQ(plan(16, 4096, 16384).block_m, 16);  // a does not fit in shared memory
+  EXPECT_TRUE(plan(16, 4096, 16384).wgmma);
+  EXPECT_STREQ(plan(8, 4096, 16384).kernel, "skinny");
   EXPECT_EQ(plan(17, 4096, 4096).block_m, 64);
   // Split K until two thread blocks a multiprocessor are busy, each with at least 4 stages of 128 columns.
-  EXPECT_EQ(plan(16, 4096, 4096).split_k, 4);
-  EXPECT_EQ(plan(16, 12288, 4096).split_k, 2);
-  EXPECT_EQ(plan(16, 22016, 4096).split_k, 1);
-  EXPECT_EQ(plan(16, 4096, 1024).split_k, 2);
+  EXPECT_EQ(plan(64, 4096, 4096).split_k, 4);
+  EXPECT_EQ(plan(64, 12288, 4096).split_k, 2);
+  EXPECT_EQ(plan(64, 22016, 4096).split_k, 1);
+  EXPECT_EQ(plan(64, 4096, 1024).split_k, 2);
   EXPECT_EQ(plan(1, 1, 16).split_k, 1);
   EXPECT_EQ(plan(4096, 4096, 4096).split_k, 1);
   // An odd number of column tiles leaves half of the last pair of thread blocks idle.
   EXPECT_EQ(plan(11264, 512, 4096).block_m, 256);
   EXPECT_EQ(plan(11264, 384, 4096).block_m, 128);
   EXPECT_EQ(plan(4096, 4096, 4096).cluster, 2);
-  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 4096, 4096, 4096, 90, 132).cluster, 1);
+  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 4096, 4096, 4096, 90, 132).cluster, 2);
   EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 16, 4096, 4096, 90, 132).split_k, 1);  // 4 stages of 1024 bits
 }
 
 TEST(Plan, WgmmaOnHopperAlone) {
   for (const GemmFamily family : {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes}) {
-    for (const int64_t m : {1, 64, 4096}) {
+    for (const int64_t m : {17, 64, 4096}) {
       EXPECT_TRUE(plan_tile(family, m, 4096, 4096, 90, 132).wgmma);
       for (const int32_t capability : {80, 86, 89, 100, 120}) EXPECT_FALSE(plan_tile(family, m, 4096, 4096, capability, 132).wgmma);
     }
