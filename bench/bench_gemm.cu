@@ -2,7 +2,8 @@
 // GPU really ran at, which tells a kernel that waits from a GPU that is out of power. Prints CSV. Results are compared with the CPU
 // backend's before anything is timed. bench/run.py has the peers.
 //
-// bench_gemm CASE [M N K]...    CASE: w4a4, w1a1, w2a2, w4a8, w8a8 ... (wXaY); without shapes, the paper's 7B layers
+// bench_gemm CASE [M N K]...    CASE: w4a4, w1a1, w2a2, w4a8, w8a8 ... (wXaY), w4a4s with a 4:8 sparse weight; without shapes, the paper's
+//                               7B layers
 #include <cuda_bf16.h>
 
 #include <array>
@@ -40,40 +41,55 @@ class Buffer {
 // Quantized normal values on the device, `copies` of them one after another.
 class Codes {
  public:
-  Codes(const Arena& arena, Grid grid, Layout layout, int64_t rows, int64_t k, int copies)
+  Codes(const Arena& arena, Grid grid, Sparsity sparsity, Layout layout, int64_t rows, int64_t k, int copies)
       : grid_(grid),
         layout_(layout),
         rows_(rows),
-        bytes_(rows * row_bytes(layout, k) * (layout == Layout::kPlanes ? grid.bits : 1)),
+        bytes_(rows * row_bytes(layout, sparsity == Sparsity::kFourEight ? k / 2 : k) * (layout == Layout::kPlanes ? grid.bits : 1)),
+        index_bytes_(sparsity == Sparsity::kFourEight ? rows * index_row_bytes(k) : 0),
         data_(bytes_ * copies),
         scale_(rows * 4),
-        sum_(rows * 4) {
-    const Quantizer quantizer = parse_quantizer(to_string(grid) + "-none-ste");
+        sum_(rows * 4),
+        index_(index_bytes_ * copies) {
+    Quantizer quantizer = parse_quantizer(to_string(grid) + "-none-ste");
+    quantizer.sparsity = sparsity;
     for (int copy = 0; copy < copies; ++copy) {
       cuda::quantize(quantizer, layout, arena.source, DType::kBFloat16, rows, k,
-                     {data_.as() + copy * bytes_, scale_.as<float>(), sum_.as<int32_t>(), nullptr, nullptr}, nullptr);
+                     {data_.as() + copy * bytes_, scale_.as<float>(), sum_.as<int32_t>(), nullptr, index(copy)}, nullptr);
     }
     check(cudaDeviceSynchronize(), "quantizing the operands");
   }
-  Operand device(int copy) const { return {grid_, layout_, data_.as() + copy * bytes_, scale_.as<float>(), sum_.as<int32_t>()}; }
+  Operand device(int copy) const {
+    return {grid_, layout_, data_.as() + copy * bytes_, scale_.as<float>(), sum_.as<int32_t>(), index(copy)};
+  }
 
   // The first copy on the host; the vectors keep what the operand points to.
   struct Host {
-    std::vector<uint8_t> data, scale, sum;
+    std::vector<uint8_t> data, scale, sum, index;
     Operand operand;
   };
   Host host() const {
-    Host result{to_host(data_.as(), bytes_), to_host(scale_.as(), 4 * rows_), to_host(sum_.as(), 4 * rows_), {}};
-    result.operand = {grid_, layout_, result.data.data(), reinterpret_cast<const float*>(result.scale.data()),
-                      reinterpret_cast<const int32_t*>(result.sum.data())};
+    Host result{to_host(data_.as(), bytes_),
+                to_host(scale_.as(), 4 * rows_),
+                to_host(sum_.as(), 4 * rows_),
+                to_host(index_.as(), index_bytes_),
+                {}};
+    result.operand = {grid_,
+                      layout_,
+                      result.data.data(),
+                      reinterpret_cast<const float*>(result.scale.data()),
+                      reinterpret_cast<const int32_t*>(result.sum.data()),
+                      index_bytes_ > 0 ? result.index.data() : nullptr};
     return result;
   }
 
  private:
+  uint8_t* index(int copy) const { return index_bytes_ > 0 ? index_.as() + copy * index_bytes_ : nullptr; }
+
   Grid grid_;
   Layout layout_;
-  int64_t rows_, bytes_;
-  Buffer data_, scale_, sum_;
+  int64_t rows_, bytes_, index_bytes_;
+  Buffer data_, scale_, sum_, index_;
 };
 
 // The clock of multiprocessor 0, and the time.
@@ -94,16 +110,18 @@ __global__ void read_clock(Instant* instant) {
 using Product = void (*)(const Operand&, const Operand&, const float*, void*, DType, int64_t, int64_t, int64_t, cudaStream_t);
 using HostProduct = void (*)(const Operand&, const Operand&, const float*, void*, DType, int64_t, int64_t, int64_t, const ParallelFor&);
 
-void bench_shape(const std::string& name, Grid a_grid, Grid w_grid, int64_t m, int64_t n, int64_t k, const Arena& arena) {
-  const GemmOperands operands = plan_operands(w_grid, &a_grid, Sparsity::kNone);
+void bench_shape(const std::string& name, Grid a_grid, Grid w_grid, Sparsity sparsity, int64_t m, int64_t n, int64_t k,
+                 const Arena& arena) {
+  const GemmOperands operands = plan_operands(w_grid, &a_grid, sparsity);
   Product product = cuda::gemm_int8;
   HostProduct host_product = gemm_int8;
   double operations_a_cycle = 8192;  // of a multiprocessor's tensor cores on Hopper
   if (operands.family == GemmFamily::kInt4) product = cuda::gemm_int4, host_product = gemm_int4;
   if (operands.family == GemmFamily::kPlanes) product = cuda::gemm_planes, host_product = gemm_planes, operations_a_cycle = 65536;
+  if (operands.family == GemmFamily::kSparse) product = cuda::gemm_sparse, host_product = gemm_sparse, operations_a_cycle = 16384;
   const int64_t w_bytes = n * row_bytes(operands.w, k) * (operands.w == Layout::kPlanes ? w_grid.bits : 1);
   const int copies = std::min(buffer_count(static_cast<double>(w_bytes)), 64);
-  const Codes a(arena, a_grid, operands.a, m, k, 1), w(arena, w_grid, operands.w, n, k, copies);
+  const Codes a(arena, a_grid, Sparsity::kNone, operands.a, m, k, 1), w(arena, w_grid, sparsity, operands.w, n, k, copies);
   const Buffer y(m * n * 2);
 
   auto launch = [&](cudaStream_t stream, int i) {
@@ -152,7 +170,8 @@ void bench_shape(const std::string& name, Grid a_grid, Grid w_grid, int64_t m, i
 void run(int argc, char** argv) {
   int w_bits = 0, a_bits = 0;
   expect(argc >= 2 && (argc - 2) % 3 == 0 && std::sscanf(argv[1], "w%da%d", &w_bits, &a_bits) == 2,
-         "expected CASE [M N K]..., where CASE is like w4a4");
+         "expected CASE [M N K]..., where CASE is like w4a4 or w4a4s");
+  const Sparsity sparsity = std::string(argv[1]).back() == 's' ? Sparsity::kFourEight : Sparsity::kNone;
   std::vector<std::array<int64_t, 3>> shapes;
   for (int i = 2; i < argc; i += 3) shapes.push_back({std::atoll(argv[i]), std::atoll(argv[i + 1]), std::atoll(argv[i + 2])});
   if (shapes.empty()) {
@@ -165,7 +184,7 @@ void run(int argc, char** argv) {
   fill_normal<__nv_bfloat16>(arena);
   std::printf("case,family,M,N,K,time_us,spread_pct,tops,sm_ghz,tensor_share,gpu\n");
   for (const auto& [m, n, k] : shapes) {
-    bench_shape(argv[1], Grid{GridKind::kInt, a_bits}, Grid{GridKind::kInt, w_bits}, m, n, k, arena);
+    bench_shape(argv[1], Grid{GridKind::kInt, a_bits}, Grid{GridKind::kInt, w_bits}, sparsity, m, n, k, arena);
   }
 }
 

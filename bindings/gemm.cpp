@@ -120,9 +120,9 @@ QUEST_DENSE_GEMM(gemm_planes, GemmFamily::kPlanes)
 #undef QUEST_DENSE_GEMM
 
 Tensor gemm_sparse(const Tensor& a, const Tensor& a_scale, const Tensor& a_sum, std::string a_grid, const Tensor& w, const Tensor& w_scale,
-                   const Tensor& w_sum, const Tensor& w_index, std::string w_grid, int64_t k, std::optional<Tensor> bias,
-                   ScalarType dtype) {
-  return gemm("gemm_sparse", GemmFamily::kSparse, a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_index, w_grid, k, bias, dtype, "");
+                   const Tensor& w_sum, const Tensor& w_index, std::string w_grid, int64_t k, std::optional<Tensor> bias, ScalarType dtype,
+                   std::string a_layout) {
+  return gemm("gemm_sparse", GemmFamily::kSparse, a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_index, w_grid, k, bias, dtype, a_layout);
 }
 
 Tensor weight_only(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale, Grid grid, Layout layout,

@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(quest, m) {
   m.def(
       "gemm_sparse(Tensor a, Tensor a_scale, Tensor a_sum, str a_grid, Tensor w, Tensor w_scale, Tensor w_sum, Tensor w_index, str w_grid, "
       "int k,"
-      " Tensor? bias, ScalarType dtype) -> Tensor");
+      " Tensor? bias, ScalarType dtype, str a_layout=\"\") -> Tensor");
   m.def("gemm_weight_only(Tensor x, Tensor w, Tensor w_scale, str w_grid, str w_layout, Tensor? bias) -> Tensor");
   m.def(
       "linear(Tensor x, str a_quantizer, Tensor w, Tensor w_scale, Tensor w_sum, Tensor? w_index, str w_quantizer, Tensor? bias) -> "

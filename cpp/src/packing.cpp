@@ -31,6 +31,7 @@ int64_t row_bytes(Layout layout, int64_t k) {
     case Layout::kValues: break;
     case Layout::kPacked: return packed_row_bytes(k);
     case Layout::kPlanes: return plane_row_bytes(k);
+    case Layout::kEvenOdd: return round_up(k, kEvenOddColumns);
   }
   return k;
 }

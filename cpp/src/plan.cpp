@@ -116,7 +116,10 @@ GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsit
   }
   if (sparsity == Sparsity::kFourEight) {
     if (weight.bits > 4) return {GemmFamily::kDequantized, Layout::kCodes, narrow, "sparse products keep codes of at most 4 bits"};
-    return {GemmFamily::kSparse, Layout::kValues, Layout::kPacked, "4:8 sparse weights keep half of their 4-bit codes"};
+    const bool fp4 = activation->kind == GridKind::kFp4 || weight.kind == GridKind::kFp4;
+    return {GemmFamily::kSparse, fp4 ? Layout::kValues : Layout::kEvenOdd, Layout::kPacked,
+            fp4 ? "4:8 sparse weights keep half of their 4-bit codes; fp4 rows have no sum of codes that sparse tensor cores would need"
+                : "4:8 sparse weights keep half of their 4-bit codes; activations in the order of sparse tensor cores"};
   }
   if (planes_pay(*activation, weight)) {
     return {GemmFamily::kPlanes, Layout::kPlanes, Layout::kPlanes, "at most 6 pairs of planes: 1-bit products are faster than int8 ones"};
@@ -136,7 +139,8 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   check(compute_capability >= 80, "plan_tile: expected compute capability 80 or higher, got ", compute_capability,
         "; the kernels need the tensor cores of that generation");
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
-  const bool has_wgmma = family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes;
+  const bool has_wgmma =
+      family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes || family == GemmFamily::kSparse;
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
   return compute_capability == 90 && has_wgmma ? plan_wgmma(family, m, n, k, sm_count)
                                                : plan_mma_sync(family, m, n, k, compute_capability, sm_count);

@@ -19,7 +19,8 @@ void check_layout(const char* op, const Quantizer& quantizer, Layout layout, int
         to_string(quantizer.grid), "; use layout codes or planes");
   if (quantizer.sparsity == Sparsity::kNone) return;
   check(k % 8 == 0, op, ": expected 8 to divide the last dimension of a 4:8 sparse quantizer, got ", k, "; pad it, or drop the sparsity");
-  check(layout != Layout::kPlanes, op, ": expected layout codes, values or packed for a 4:8 sparse quantizer, got planes; use packed");
+  check(layout != Layout::kPlanes && layout != Layout::kEvenOdd, op,
+        ": expected layout codes, values or packed for a 4:8 sparse quantizer, got ", to_string(layout), "; use packed");
   // 8-bit values are c - 128, among which no 0 is left to mean a pruned element.
   check(layout != Layout::kValues || quantizer.grid.bits < 8, op,
         ": expected less than 8 bits for layout values of a 4:8 sparse quantizer, got ", to_string(quantizer.grid), "; use layout codes");

@@ -33,8 +33,11 @@ constexpr std::array<Name<GridKind>, 5> kGrids = {{{"int_zero", GridKind::kIntZe
 constexpr std::array<Name<Rotation>, 2> kRotations = {{{"none", Rotation::kNone}, {"hadamard", Rotation::kHadamard}}};
 constexpr std::array<Name<Estimator>, 3> kEstimators = {
     {{"trust", Estimator::kTrust}, {"clip", Estimator::kClip}, {"ste", Estimator::kSte}}};
-constexpr std::array<Name<Layout>, 4> kLayouts = {
-    {{"codes", Layout::kCodes}, {"values", Layout::kValues}, {"packed", Layout::kPacked}, {"planes", Layout::kPlanes}}};
+constexpr std::array<Name<Layout>, 5> kLayouts = {{{"codes", Layout::kCodes},
+                                                   {"values", Layout::kValues},
+                                                   {"packed", Layout::kPacked},
+                                                   {"planes", Layout::kPlanes},
+                                                   {"even_odd", Layout::kEvenOdd}}};
 
 bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
 

@@ -181,6 +181,21 @@ __device__ __forceinline__ uint2 nibbles_to_codes(uint32_t nibbles) {
   return make_uint2(__byte_perm(even, odd, 0x5140), __byte_perm(even, odd, 0x7362));
 }
 
+// The 8 codes of chunk `chunk` of a row in layout kEvenOdd, at multiples of 4: the even ones, and 32 bytes further the odd ones.
+__device__ __forceinline__ int64_t even_odd_offset(int64_t chunk) { return chunk / 8 * 64 + chunk % 8 * 4; }
+
+__device__ __forceinline__ void store_even_odd(uint8_t* row, int64_t chunk, uint2 codes) {
+  uint32_t* const target = reinterpret_cast<uint32_t*>(row + even_odd_offset(chunk));
+  target[0] = __byte_perm(codes.x, codes.y, 0x6420);
+  target[8] = __byte_perm(codes.x, codes.y, 0x7531);
+}
+
+__device__ __forceinline__ uint2 load_even_odd(const uint8_t* row, int64_t chunk) {
+  const uint32_t* const source = reinterpret_cast<const uint32_t*>(row + even_odd_offset(chunk));
+  const uint32_t even = source[0], odd = source[8];
+  return make_uint2(__byte_perm(even, odd, 0x5140), __byte_perm(even, odd, 0x7362));
+}
+
 // Bit `plane` of 8 codes as one byte. The multiplication gathers the lowest bits of four bytes in its top byte.
 __device__ __forceinline__ uint32_t codes_to_plane(uint2 codes, int plane) {
   const uint32_t low = (codes.x >> plane & 0x01010101u) * 0x01020408u >> 24;

@@ -97,8 +97,8 @@ __device__ __forceinline__ void store_element(const Epilogue& epilogue, int64_t 
 // v = mul u + add for the u that operands.cuh makes.
 inline Affine operand_affine(const Operand& operand, bool as_values) {
   if (as_values) return {1, 0};
-  const bool bytes = operand.layout == Layout::kCodes || operand.layout == Layout::kValues;
-  return affine(operand.grid, bytes ? Layout::kValues : operand.layout);
+  const bool nibbles_or_bits = operand.layout == Layout::kPacked || operand.layout == Layout::kPlanes;
+  return affine(operand.grid, nibbles_or_bits ? operand.layout : Layout::kValues);
 }
 
 inline Correction make_correction(const Operand& operand, int32_t other_add, int64_t codes_in_row) {

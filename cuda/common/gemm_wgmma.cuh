@@ -29,7 +29,6 @@ namespace quest::cuda {
 inline constexpr int kWgmmaThreads = (1 + kMultipliers) * kWarpgroup;
 inline constexpr int kWgmmaN = kWarpgroupColumns * kMultipliers;  // rows of w a block
 inline constexpr int kStageRowBytes = 128;                        // of a: what the 128-byte swizzle covers
-inline constexpr int kStageInstructions = kStageRowBytes / 32;    // instructions a stage
 // Neighbouring tiles: 8 down y, then the next columns, so that both operands of a wave stay in the L2 cache.
 inline constexpr int kWgmmaGroupM = 8;
 inline constexpr int kMaxSplit = 8;  // blocks of a cluster that every GPU can place; the plan takes fewer
@@ -44,18 +43,19 @@ struct WgmmaProblem {
 };
 
 // ---- the weight, from a tile of 64 rows a warpgroup in shared memory to the words of the instruction. `offset`: of this lane's bytes in
-// the tile; the copy engine's swizzle turns the step to the next 32 columns into an exclusive or.
+// the tile; the copy engine's swizzle turns the step to the next 32 columns into an exclusive or. A stage's words are loaded for all its
+// instructions.
 
 // One byte an integer (flip: 0x80808080 makes c - 128 of 8-bit codes), or 8 bits of a plane.
 struct ByteFragments {
-  static constexpr int kRowBytes = kStageRowBytes;
+  static constexpr int kRowBytes = kStageRowBytes, kIndexBytes = 0, kInstructions = 4;
   static __device__ __forceinline__ uint32_t offset(int first_row) {
     const int lane = threadIdx.x % 32, row = first_row + lane % 16;
     return row * kRowBytes + (lane / 16 ^ (row & 7)) * 16;
   }
-  static __device__ __forceinline__ void load(uint32_t (&words)[kStageInstructions][4], uint32_t address, const WgmmaProblem& problem) {
+  static __device__ __forceinline__ void load(uint32_t (&words)[kInstructions][4], uint32_t address, const WgmmaProblem& problem) {
 #pragma unroll
-    for (int i = 0; i < kStageInstructions; ++i) {
+    for (int i = 0; i < kInstructions; ++i) {
       ldmatrix_x4(words[i], address ^ i * 32);
 #pragma unroll
       for (uint32_t& word : words[i]) word ^= problem.flip;
@@ -66,14 +66,14 @@ struct ByteFragments {
 // Two 4-bit codes a byte. WIDEN: the 4 codes in the low half of a word to 4 bytes.
 template <typename Widen>
 struct NibbleFragments {
-  static constexpr int kRowBytes = kStageRowBytes / 2;
+  static constexpr int kRowBytes = kStageRowBytes / 2, kIndexBytes = 0, kInstructions = 4;
   static __device__ __forceinline__ uint32_t offset(int first_row) {
     const int lane = threadIdx.x % 32, row = first_row + lane / 4;
     return row * kRowBytes + (row >> 1 & 3) * 16 + lane % 4 * 2;  // the same swizzle for row + 8
   }
-  static __device__ __forceinline__ void load(uint32_t (&words)[kStageInstructions][4], uint32_t address, const WgmmaProblem& problem) {
+  static __device__ __forceinline__ void load(uint32_t (&words)[kInstructions][4], uint32_t address, const WgmmaProblem& problem) {
 #pragma unroll
-    for (int i = 0; i < kStageInstructions; ++i) {
+    for (int i = 0; i < kInstructions; ++i) {
       const uint32_t piece = address ^ i * 16;
       words[i][0] = Widen::widen(load_shared_16(piece), problem);
       words[i][1] = Widen::widen(load_shared_16(piece + 8 * kRowBytes), problem);
@@ -98,6 +98,41 @@ struct WidenByTable {
   }
 };
 
+// The kept codes of a 4:8 sparse weight, and behind their tile the pair indices, 8 bytes of every row in 16 (the copy engine's least).
+//
+// With a in the order of kEvenOdd each half of 64 columns has one value of every pair, so that two kept pairs of four are two kept values
+// of four, and the index of 64 columns is the instruction's metadata as it is, for both halves. A word of a row holds 8 codes, of the pairs
+// of two groups: its even nibbles are in the first half, its odd ones in the second.
+struct SparseFragments {
+  static constexpr int kRowBytes = kStageRowBytes / 4, kIndexBytes = 16, kInstructions = 2;
+  static __device__ __forceinline__ uint32_t offset(int first_row) {
+    const int lane = threadIdx.x % 32, row = first_row + lane % 16;
+    return row * kRowBytes + (lane / 16 ^ (row >> 2 & 1)) * 16;
+  }
+  static __device__ __forceinline__ uint32_t index_offset(int first_row) {
+    const int lane = threadIdx.x % 32;
+    return kWgmmaN * kRowBytes + (first_row + lane / 4 + lane % 2 * 8) * kIndexBytes;
+  }
+  static __device__ __forceinline__ void load(uint32_t (&words)[kInstructions][5], uint32_t address, uint32_t index_address,
+                                              const WgmmaProblem& problem) {
+    uint32_t codes[2 * kInstructions];  // of row g and row g + 8 for each instruction
+    ldmatrix_x4(codes, address);
+    const uint2 index = load_shared_64(index_address);
+#pragma unroll
+    for (int i = 0; i < kInstructions; ++i) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const uint32_t first = look_up_nibbles(problem.table, codes[2 * i + row]);
+        const uint32_t second = look_up_nibbles(problem.table, codes[2 * i + row] >> 16);
+        words[i][row] = __byte_perm(first, second, 0x6420);
+        words[i][2 + row] = __byte_perm(first, second, 0x7531);
+      }
+    }
+    words[0][4] = index.x;
+    words[1][4] = index.y;
+  }
+};
+
 // ---- the tile
 
 template <typename Mma_, typename Fragments_, int BLOCK_M_, int CLUSTER_, bool SPLIT_ = false>
@@ -109,11 +144,11 @@ struct WgmmaTile {
   static_assert(!SPLIT || CLUSTER == 1, "a cluster shares rows of y, or K");
   // Blocks a multiprocessor: two where tiles are small, so that one starts while the other ends.
   static constexpr int BLOCKS = SPLIT ? 2 : 1;
-  static constexpr int W_BYTES = kWgmmaN * Fragments::kRowBytes, A_BYTES = BLOCK_M * kStageRowBytes;
+  static constexpr int W_BYTES = kWgmmaN * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStageRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   // Buffers of pieces of y: with bits, whose tiles take 4 stages, one for each, so that none waits; else fewer, to keep 4 stages of
-  // nibbles.
-  using Piece = Pieces < BLOCK_M, Mma::kPlanes ? 4 : Fragments::kRowBytes<kStageRowBytes ? 3 : 2>;
+  // nibbles, and 5 of sparse ones.
+  using Piece = Pieces<BLOCK_M, Mma::kPlanes ? 4 : Fragments::kRowBytes == kStageRowBytes / 2 ? 3 : 2>;
   static constexpr int STORES_BYTES = kMultipliers * Piece::BUFFERS * Piece::BYTES;
   static constexpr int FACTORS_BYTES = kMultipliers * BLOCK_M * static_cast<int>(sizeof(RowFactors));
   static constexpr int OTHER_BYTES = STORES_BYTES + FACTORS_BYTES + 256;  // 256: the mbarriers
@@ -143,6 +178,7 @@ struct TileCursor {
 template <typename Tile>
 __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel(const __grid_constant__ CUtensorMap a_map,
                                                                                  const __grid_constant__ CUtensorMap w_map,
+                                                                                 const __grid_constant__ CUtensorMap index_map,
                                                                                  const __grid_constant__ CUtensorMap y_map,
                                                                                  const __grid_constant__ WgmmaProblem problem) {
 #ifdef QUEST_SM90A
@@ -210,6 +246,10 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
           barrier_expect(&full[stage], Tile::STAGE_BYTES);
           const int k_tile = first_k_tile + step.k_tile;
           tensor_load<false>(w_tile(stage), &w_map, &full[stage], k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
+          if constexpr (Fragments::kIndexBytes > 0) {
+            tensor_load<false>(w_tile(stage) + kWgmmaN * Fragments::kRowBytes, &index_map, &full[stage],
+                               k_tile * (Fragments::kIndexBytes / 2), first_n, 0, 0);
+          }
           tensor_load<(CLUSTER > 1)>(a_tile(stage) + column_rank * kShare * kStageRowBytes, &a_map, &full[stage], k_tile * kStageRowBytes,
                                      first_m, step.a_plane, (1 << CLUSTER) - 1);
           step.advance();
@@ -224,6 +264,8 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     const int group = warpgroup - 1;
     const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = threadIdx.x % 32;
     const uint32_t fragment_offset = shared_address(shared) + Fragments::offset(group * 64 + warp * 16);
+    uint32_t index_offset = 0;
+    if constexpr (Fragments::kIndexBytes > 0) index_offset = shared_address(shared) + Fragments::index_offset(group * 64 + warp * 16);
     RowFactors* const factors = row_factors + group * BLOCK_M;
     uint8_t* const buffers = store_buffers + group * Tile::Piece::BUFFERS * Tile::Piece::BYTES;
     // A stage goes back to every block that copies to it.
@@ -231,8 +273,19 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       if (lane < CLUSTER) barrier_arrive(&empty[s], Tile::SPLIT ? rank : lane);
     };
 
+    // Of the stage that the ring is at.
+    auto load_words = [&](auto& words) {
+      const uint32_t address = fragment_offset + stage * Tile::STAGE_BYTES;
+      if constexpr (Fragments::kIndexBytes > 0) {
+        Fragments::load(words, address, index_offset + stage * Tile::STAGE_BYTES, problem);
+      } else {
+        Fragments::load(words, address, problem);
+      }
+    };
+
     int32_t accumulators[BLOCK_M / 2];
-    uint32_t even[kStageInstructions][4], odd[kStageInstructions][4];
+    constexpr int kInstructions = Fragments::kInstructions, kWords = Tile::Mma::kWords;
+    uint32_t even[kInstructions][kWords], odd[kInstructions][kWords];
     for (int tile = first_tile; tile < tiles; tile += tile_stride) {
       const TileCursor at(problem, tile);
       const int first_m = at.m * BLOCK_M;
@@ -242,15 +295,15 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       const ColumnLoads column_loads(problem.output, first_n);
 
       barrier_wait(&full[stage], parity);
-      Fragments::load(even, fragment_offset + stage * Tile::STAGE_BYTES, problem);
+      load_words(even);
       StepCursor cursor(steps);
       // The products of the stage whose words are in `now`; meanwhile the words of the next stage are loaded.
-      auto multiply_stage = [&](int i, const uint32_t(&now)[kStageInstructions][4], uint32_t(&next)[kStageInstructions][4]) {
+      auto multiply_stage = [&](int i, const uint32_t(&now)[kInstructions][kWords], uint32_t(&next)[kInstructions][kWords]) {
         const uint64_t b_tile = swizzled_tile(a_tile(stage));
         wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < kStageInstructions; ++j) {
-          Tile::Mma::mma(accumulators, now[j], b_tile + 2 * j, (i | j) != 0);
+        for (int j = 0; j < kInstructions; ++j) {
+          Tile::Mma::mma(accumulators, now[j], b_tile + j * (Tile::Mma::kBytes / 16), (i | j) != 0);
         }
         wgmma_commit();
         const int previous = (stage == 0 ? STAGES : stage) - 1;
@@ -259,7 +312,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
         if (i + 1 < count) {
           next_stage();
           barrier_wait(&full[stage], parity);
-          Fragments::load(next, fragment_offset + stage * Tile::STAGE_BYTES, problem);
+          load_words(next);
           if (Tile::Mma::kPlanes && cursor.advance()) {
             wgmma_wait<0>();
             wgmma_owned(accumulators);
@@ -322,7 +375,7 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   const Output& output = problem.output.epilogue.output;
   const int64_t m = output.m, n = output.n;
   const bool planes = w.layout == Layout::kPlanes;
-  const int64_t a_row_bytes = row_bytes(a.layout, k), w_row_bytes = row_bytes(w.layout, k);
+  const int64_t a_row_bytes = row_bytes(a.layout, k), w_row_bytes = row_bytes(w.layout, w.index != nullptr ? k / 2 : k);
   problem.steps = {static_cast<int>((a_row_bytes + kStageRowBytes - 1) / kStageRowBytes), planes ? a.grid.bits : 1,
                    planes ? w.grid.bits : 1};
   const int64_t tiles_m = (m + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
@@ -335,11 +388,19 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   problem.tiles_m = static_cast<int32_t>(tiles_m);
   problem.clusters_n = static_cast<int32_t>(clusters_n);
 
-  const CUtensorMapSwizzle w_swizzle = Tile::Fragments::kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  constexpr int kRowBytes = Tile::Fragments::kRowBytes;
+  constexpr CUtensorMapSwizzle w_swizzle = kRowBytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                           : kRowBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                             : CU_TENSOR_MAP_SWIZZLE_32B;
   const CUtensorMap a_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
                                        {kStageRowBytes, static_cast<uint32_t>(Tile::BLOCK_M / Tile::CLUSTER), CU_TENSOR_MAP_SWIZZLE_128B});
   const CUtensorMap w_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
-                                       {static_cast<uint32_t>(Tile::Fragments::kRowBytes), kWgmmaN, w_swizzle});
+                                       {static_cast<uint32_t>(kRowBytes), kWgmmaN, w_swizzle});
+  CUtensorMap index_map = w_map;  // of no use to a dense weight
+  if constexpr (Tile::Fragments::kIndexBytes > 0) {
+    index_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, w.index, index_row_bytes(k), n, 1, index_row_bytes(k),
+                           {Tile::Fragments::kIndexBytes, kWgmmaN, CU_TENSOR_MAP_SWIZZLE_NONE});
+  }
   const CUtensorMap y_map = output_map(op, problem.output, Tile::Piece::ROWS);
 
   // A split tile belongs to one cluster; other blocks stay and take tile after tile.
@@ -349,7 +410,7 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   const int64_t clusters = Tile::SPLIT ? tiles : std::min<int64_t>(tiles, std::max(1, device.sm_count / Tile::CLUSTER));
   check(clusters * cluster <= INT32_MAX, op, ": expected at most ", INT32_MAX, " thread blocks; split the rows");
   launch_with({cluster, device.hopper_code}, op, gemm_wgmma_kernel<Tile>, dim3(static_cast<unsigned>(clusters * cluster)),
-              dim3(kWgmmaThreads), Tile::SHARED_BYTES, stream, a_map, w_map, y_map, problem);
+              dim3(kWgmmaThreads), Tile::SHARED_BYTES, stream, a_map, w_map, index_map, y_map, problem);
 }
 
 // Whether an operand's bytes are int8 integers of its affine map: values, and codes of up to 7 bits.

@@ -3,7 +3,7 @@
 //
 // Each operand has v = mul u + add (quest/gemm.h). How u is made of what is stored:
 //   kValues            u as stored (mul = 1, add = 0; the 8-bit grids mul u + add = v)
-//   kCodes             the u of kValues, by bytewise arithmetic or, for fp4, by table
+//   kCodes, kEvenOdd   the u of kValues, by bytewise arithmetic or, for fp4, by table; kEvenOdd in its order, which w then has too
 //   kPacked            u = c; where fp4 is involved, v by table for both operands, because code_sum does not give the sum of an fp4 row
 //   kPacked, sparse    v by table, 0 where pruned
 #pragma once
@@ -100,6 +100,8 @@ struct SparseRows {
   NibbleRows kept;
   const uint8_t* index;
   int64_t index_row_bytes;
+  int64_t groups;  // of 8 columns, a row
+  bool even_odd;   // what is expanded has the order of kEvenOdd
 
   // The pair indices of 64 columns, a nibble for every 8.
   __device__ __forceinline__ uint32_t load_index(int64_t row, int64_t byte) const {
@@ -129,10 +131,10 @@ inline ByteRows plain_rows(const void* data, int64_t rows, int64_t row_bytes) {
   return result;
 }
 
-// kValues or kCodes, as the u of kValues.
+// kValues, kCodes or kEvenOdd, as the u of kValues.
 inline ByteRows byte_rows(const Operand& operand, int64_t rows, int64_t k) {
-  ByteRows result = plain_rows(operand.data, rows, k);
-  if (operand.layout == Layout::kCodes) {
+  ByteRows result = plain_rows(operand.data, rows, row_bytes(operand.layout, k));
+  if (operand.layout != Layout::kValues) {
     result.converts = true;
     result.looks_up = is_fp4(operand);
     if (result.looks_up) {
@@ -151,9 +153,9 @@ inline NibbleRows nibble_rows(const char* op, const char* name, const Operand& o
   return {static_cast<const uint8_t*>(operand.data), rows, packed_row_bytes(k), looks_up, value_table(operand.grid)};
 }
 
-inline SparseRows sparse_rows(const char* op, const Operand& operand, int64_t rows, int64_t k) {
+inline SparseRows sparse_rows(const char* op, const Operand& operand, int64_t rows, int64_t k, bool even_odd) {
   check_aligned(op, "w_index", operand.index);
-  return {nibble_rows(op, "w", operand, rows, k / 2, true), operand.index, index_row_bytes(k)};
+  return {nibble_rows(op, "w", operand, rows, k / 2, true), operand.index, index_row_bytes(k), k / 8, even_odd};
 }
 
 }  // namespace quest::cuda

@@ -64,6 +64,12 @@ __device__ __forceinline__ uint32_t load_shared_16(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
+  uint2 words;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address) : "memory");
+  return words;
+}
+
 // ---- neighbours in a stream (programmatic dependent launch, sm_90): a kernel that was launched as `dependent` (check.h) may start while
 // the one before it still runs, and waits here until that has ended and its writes are seen. Before that it must not touch memory.
 __device__ __forceinline__ void wait_for_prerequisites() {

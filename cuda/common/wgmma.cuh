@@ -5,8 +5,10 @@
 //   a   words 0 ... 3: bytes 4t ... of row 16w + g, of row + 8, then the same at byte 16 + 4t
 //   b   N rows of 128 bytes in shared memory, 16-byte pieces permuted by the copy engine's 128-byte swizzle; `b_tile` describes it and the
 //       32 bytes at 32 i of every row are b_tile + 2 i; so does `a_tile` with 64 rows
+//       sparse: two of every four bytes are kept, 64 K bytes in 32; word 4 holds their places, two bits each, the lower ones first, of 32
+//       of the 64 bytes: of the first half in lanes of t = 0 (row 16w + g) and t = 1 (row + 8), of the second in t = 2 and 3
 //   d   words 4j ... 4j + 3: columns 8j + 2t and 8j + 2t + 1 of row 16w + g, then of row + 8
-// Elements: int8 (32 products), or bits with and.popc (256; xor is refused on Hopper).
+// Elements: int8 (32 products; sparse: 64, b is uint8), or bits with and.popc (256; xor is refused on Hopper).
 //
 // Between wgmma_fence() and the wait the registers belong to the tensor cores.
 #pragma once
@@ -67,6 +69,14 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
                  : QUEST_D##COUNT(d, 0)                                                                                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(accumulate));                                            \
   }
+// M: the number of the metadata.
+#define QUEST_WGMMA_SPARSE(NAME, COUNT, A0, A1, A2, A3, B, M, S)                                                                         \
+  static __device__ __forceinline__ void mma(int32_t(&d)[COUNT], const uint32_t(&a)[5], uint64_t b_tile, int32_t accumulate) {           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" S ", 0;\n" NAME " {" QUEST_P##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B \
+                                                                                          ", %" M ", 0, p;\n}"                           \
+                 : QUEST_D##COUNT(d, 0)                                                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(a[4]), "r"(accumulate));                                 \
+  }
 #define QUEST_WGMMA_SHARED(NAME, COUNT, A, B, S)                                                                         \
   static __device__ __forceinline__ void mma(int32_t(&d)[COUNT], uint64_t a_tile, uint64_t b_tile, int32_t accumulate) { \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" S ", 0;\n" NAME " {" QUEST_P##COUNT "}, %" A ", %" B ", p;\n}"     \
@@ -79,13 +89,25 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n64" SHAPE TYPES, 32, "32", "33", "34", "35", "36", "37")         \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n16" SHAPE TYPES, 8, "8", "9", "10", "11", "12", "13")
 
+// kWords: registers of a. kBytes: of each row of b.
 struct WgmmaInt8 {
   static constexpr bool kPlanes = false;
+  static constexpr int kWords = 4, kBytes = 32;
   QUEST_WGMMA_FAMILY("k32", ".s32.s8.s8", )
+};
+
+struct WgmmaSparseInt8 {
+  static constexpr bool kPlanes = false;
+  static constexpr int kWords = 5, kBytes = 64;
+  QUEST_WGMMA_SPARSE("wgmma.mma_async.sp.sync.aligned.m64n256k64.s32.s8.u8", 128, "128", "129", "130", "131", "132", "133", "134")
+  QUEST_WGMMA_SPARSE("wgmma.mma_async.sp.sync.aligned.m64n128k64.s32.s8.u8", 64, "64", "65", "66", "67", "68", "69", "70")
+  QUEST_WGMMA_SPARSE("wgmma.mma_async.sp.sync.aligned.m64n64k64.s32.s8.u8", 32, "32", "33", "34", "35", "36", "37", "38")
+  QUEST_WGMMA_SPARSE("wgmma.mma_async.sp.sync.aligned.m64n16k64.s32.s8.u8", 8, "8", "9", "10", "11", "12", "13", "14")
 };
 
 struct WgmmaBits {
   static constexpr bool kPlanes = true;
+  static constexpr int kWords = 4, kBytes = 32;
   QUEST_WGMMA_FAMILY("k256", ".s32.b1.b1.and.popc", )
   QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n256k256.s32.b1.b1.and.popc", 128, "128", "129", "130")
   QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc", 64, "64", "65", "66")
@@ -93,6 +115,7 @@ struct WgmmaBits {
 
 #undef QUEST_WGMMA_FAMILY
 #undef QUEST_WGMMA_SHARED
+#undef QUEST_WGMMA_SPARSE
 #undef QUEST_WGMMA
 #undef QUEST_P128
 #undef QUEST_P64

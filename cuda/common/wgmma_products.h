@@ -24,5 +24,8 @@ bool gemm_int8_wgmma(const char* op, const Operand& a, const Operand& w, const O
 // a, w: kPlanes.
 bool gemm_planes_wgmma(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                        cudaStream_t stream);
+// a: kEvenOdd, w: kPacked with a 4:8 index.
+bool gemm_sparse_wgmma(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
+                       cudaStream_t stream);
 
 }  // namespace quest::cuda

@@ -42,6 +42,7 @@ __device__ uint2 load_codes(const Problem& problem, const ChunkPosition& at, uin
       codes = nibbles_to_codes(half ? *reinterpret_cast<const uint16_t*>(row + at.chunk * 2)
                                     : *reinterpret_cast<const uint32_t*>(row + at.chunk * 4));
       break;
+    case Layout::kEvenOdd: codes = load_even_odd(row, at.chunk); break;
     case Layout::kPlanes:
       for (int j = 0; j < problem.bits; ++j) {
         const uint2 plane = plane_to_codes(row[j * problem.rows * problem.code_row_bytes + at.chunk], j);
@@ -100,7 +101,7 @@ void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, co
   check_index(op, quantizer, index != nullptr);
   if (rows == 0 || k == 0) return;
   current_device(op);
-  if (layout == Layout::kPacked) check_aligned(op, "codes", codes);
+  if (layout == Layout::kPacked || layout == Layout::kEvenOdd) check_aligned(op, "codes", codes);
 
   const bool rotate = quantizer.original && quantizer.rotation == Rotation::kHadamard;
   const Affine value = has_values(quantizer.grid) ? affine(quantizer.grid, Layout::kValues) : Affine{};

@@ -1,6 +1,8 @@
 // gemm_sparse: the product with a 4:8 sparse packed weight. Its kept codes are expanded to dense int8 rows, 0 where pruned, on their way to
-// shared memory: half the bytes of the dense weight are read, the tensor cores work as for a dense one.
+// shared memory: half the bytes of the dense weight are read, the tensor cores work as for a dense one. (On wgmma they skip what is pruned:
+// gemm_sparse_wgmma.cu.)
 #include "common/gemm_tile.cuh"
+#include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
 
 namespace quest::cuda {
@@ -17,23 +19,31 @@ class SparseLoader {
     if (threadIdx.x >= ROWS) return;
     const int64_t row = first_row_ + threadIdx.x;
     codes_ = source_.kept.load(row, static_cast<int64_t>(k_tile) * (kTileRowBytes / 4));
+    groups_ = source_.groups - static_cast<int64_t>(k_tile) * (kTileRowBytes / 8);
     index_ = source_.load_index(row, static_cast<int64_t>(k_tile) * (kTileRowBytes / 16));
   }
   __device__ __forceinline__ void commit(uint8_t* target) {
     if (threadIdx.x >= ROWS) return;
     const uint32_t codes[4] = {codes_.x, codes_.y, codes_.z, codes_.w};
+    uint32_t words[16];
+#pragma unroll
+    for (int group = 0; group < 8; ++group) {
+      uint2 columns = make_uint2(0, 0);  // also beyond the row's end: a may hold padding there
+      if (group < groups_) columns = source_.expand(codes[group / 2] >> (16 * (group % 2)) & 0xFFFFu, index_ >> (4 * group) & 15u);
+      words[source_.even_odd ? group : 2 * group] = source_.even_odd ? __byte_perm(columns.x, columns.y, 0x6420) : columns.x;
+      words[source_.even_odd ? group + 8 : 2 * group + 1] = source_.even_odd ? __byte_perm(columns.x, columns.y, 0x7531) : columns.y;
+    }
 #pragma unroll
     for (int piece = 0; piece < 4; ++piece) {
-      const uint2 low = source_.expand(codes[piece] & 0xFFFFu, index_ >> (8 * piece) & 15u);
-      const uint2 high = source_.expand(codes[piece] >> 16, index_ >> (8 * piece + 4) & 15u);
-      *reinterpret_cast<uint4*>(target + tile_offset(threadIdx.x, piece)) = make_uint4(low.x, low.y, high.x, high.y);
+      const uint32_t* four = words + 4 * piece;
+      *reinterpret_cast<uint4*>(target + tile_offset(threadIdx.x, piece)) = make_uint4(four[0], four[1], four[2], four[3]);
     }
   }
 
  private:
   static_assert(ROWS <= kTileThreads, "a thread a row");
   const SparseRows& source_;
-  int64_t first_row_;
+  int64_t first_row_, groups_;
   uint4 codes_;
   uint32_t index_;
 };
@@ -43,7 +53,7 @@ class SparseLoader {
 void gemm_sparse(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                  cudaStream_t stream) {
   const char* op = "gemm_sparse";
-  check_layout(op, "a", a, Layout::kPacked, Layout::kValues);
+  if (a.layout != Layout::kEvenOdd) check_layout(op, "a", a, Layout::kPacked, Layout::kValues);
   check_layout(op, "w", w, Layout::kPacked, Layout::kPacked);
   check(w.index != nullptr, op, ": expected w with a 4:8 index, got none; use gemm_int4");
   check(k % 8 == 0, op, ": expected 8 to divide k, got ", k);
@@ -51,8 +61,9 @@ void gemm_sparse(const Operand& a, const Operand& w, const float* bias, void* y,
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
+  if (gemm_sparse_wgmma(op, a, w, output, k, device, stream)) return;
   const GemmTile tile = plan_mma_sync(GemmFamily::kSparse, m, n, k, device.compute_capability, device.sm_count);
-  const SparseRows w_rows = sparse_rows(op, w, n, k);
+  const SparseRows w_rows = sparse_rows(op, w, n, k, a.layout == Layout::kEvenOdd);
   const bool looks_up = is_fp4(a) || is_fp4(w);
   if (a.layout == Layout::kPacked) {
     const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, looks_up), operand_affine(w, true), output, k);

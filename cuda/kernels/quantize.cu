@@ -152,6 +152,9 @@ __device__ void write_chunk(const Problem& problem, int64_t row, int64_t chunk, 
         *reinterpret_cast<uint16_t*>(target + chunk * 2) = static_cast<uint16_t>(kept);
       }
       break;
+    case Layout::kEvenOdd:
+      if (chunk * kChunk < bytes) store_even_odd(target, chunk, codes);
+      break;
     case Layout::kPlanes:
       if (chunk < bytes) {
         for (int j = 0; j < problem.bits; ++j) target[j * problem.rows * bytes + chunk] = static_cast<uint8_t>(codes_to_plane(codes, j));
@@ -470,6 +473,16 @@ __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ B
       const uint2 packed = make_uint2(codes_to_nibbles(make_uint2(four[0], four[1])), codes_to_nibbles(make_uint2(four[2], four[3])));
       if (exists) target[4 * i] = packed;
     }
+  } else if (problem.layout == Layout::kEvenOdd) {
+    uint2* target = reinterpret_cast<uint2*>(problem.codes + row_block * kQuadBlock + quad_lane * 8);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // 64 columns, of which this lane has 16 neighbours
+      const uint32_t* four = words + 4 * i;
+      if (exists) {
+        target[8 * i] = make_uint2(__byte_perm(four[0], four[1], 0x6420), __byte_perm(four[2], four[3], 0x6420));
+        target[8 * i + 4] = make_uint2(__byte_perm(four[0], four[1], 0x7531), __byte_perm(four[2], four[3], 0x7531));
+      }
+    }
   } else if (problem.layout == Layout::kPlanes) {
     uint8_t* target = problem.codes + row_block * 16 + gathered;
     for (int p = 0; p < problem.bits; ++p) {
@@ -583,7 +596,7 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   check_index(op, quantizer, output.index != nullptr);
   if (rows == 0) return;
   const Device device = current_device(op);
-  if (layout == Layout::kPacked) check_aligned(op, "codes", output.codes);
+  if (layout == Layout::kPacked || layout == Layout::kEvenOdd) check_aligned(op, "codes", output.codes);
 
   const int64_t block = rotation_block(quantizer, k);
   // To the end of the padding of masks, planes and indices, of whose rows 16 bytes are at most 32 chunks.

@@ -79,12 +79,12 @@ def _product(
     a, w = cast(Codes, a), cast(Codes, w)
     a_grid, w_grid = cast(Quantizer, plan.a).grid_name, cast(Quantizer, plan.w).grid_name
     bias = None if bias is None else bias.float()
+    left = (a.codes, a.scale, a.code_sum, a_grid)
     if plan.family == "sparse":
-        return ops.gemm_sparse(
-            a.codes, a.scale, a.code_sum, a_grid, w.codes, w.scale, w.code_sum, w.pair_index, w_grid, k, bias, dtype
-        )
+        sparse = (w.codes, w.scale, w.code_sum, w.pair_index, w_grid)
+        return ops.gemm_sparse(*left, *sparse, k, bias, dtype, plan.a_layout)
     family = cast(ops.Family, plan.family)
-    left, right = (a.codes, a.scale, a.code_sum, a_grid), (w.codes, w.scale, w.code_sum, w_grid)
+    right = (w.codes, w.scale, w.code_sum, w_grid)
     return ops.gemm(family, *left, *right, k, bias, dtype, plan.a_layout)
 
 

@@ -9,6 +9,8 @@ Layouts of codes, by rows of K integers; packed rows are padded with zero bytes 
     values   int8  [*, K]                      the integer value v (at 8 bits: code - 128)
     packed   uint8 [*, packed_row_bytes(K)]    two 4-bit codes a byte, the even column in the low half
     planes   uint8 [bits, *, plane_row_bytes(K)]  plane j holds bit j of every code, eight columns a byte, lowest first
+    even_odd uint8 [*, K to a multiple of 64]  one code a byte; of every 64 columns the even ones, then the odd ones: the order
+                                               in which 4:8 sparse weights take activations
 A 4:8 sparse quantizer stores its K/2 kept codes (values: all K, the pruned ones 0) and their index.
 """
 
@@ -30,7 +32,7 @@ except ImportError as error:
         "`pip install .` (or `make`) in its source tree, for the torch that is installed now."
     ) from error
 
-Layout = Literal["codes", "values", "packed", "planes"]
+Layout = Literal["codes", "values", "packed", "planes", "even_odd"]
 Family = Literal["int8", "int4", "planes"]
 
 
@@ -75,7 +77,8 @@ def quantize(x: Tensor, quantizer: Quantizer, layout: Layout = "codes", mask: bo
 
     x: [*, K] float32, bfloat16 or float16. Not differentiable: see quest.fake_quantize.
     A row with a NaN or an infinity gets scale NaN, codes 0, code_sum 0 and mask 0.
-    Raises for "values" of gauss, "packed" of more than 4 bits, "planes" of 4:8, 4:8 where 8 does not divide K.
+    Raises for "values" of gauss, "packed" of more than 4 bits, "planes" and "even_odd" of 4:8, 4:8 where 8 does
+    not divide K.
     """
     return Codes(*_op("quantize")(x, str(quantizer), layout, mask))
 
@@ -147,9 +150,14 @@ def gemm_sparse(
     k: int,
     bias: Tensor | None,
     dtype: torch.dtype,
+    a_layout: Layout | None = None,
 ) -> Tensor:
-    """gemm with a 4:8 sparse weight: w packed, K/2 kept codes a row, and their index; a dense, packed or values."""
-    return _op("gemm_sparse")(a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_index, w_grid, k, bias, dtype)
+    """gemm with a 4:8 sparse weight: w packed, K/2 kept codes a row, and their index; a dense.
+
+    a: even_odd, packed or values (int8). a_layout tells uint8 codes in even_odd from packed ones, which None takes.
+    """
+    left, right = (a, a_scale, a_sum, a_grid), (w, w_scale, w_sum, w_index, w_grid)
+    return _op("gemm_sparse")(*left, *right, k, bias, dtype, a_layout or "")
 
 
 def gemm_weight_only(
@@ -205,6 +213,8 @@ def _codes_shape(quantizer: Quantizer, layout: str, lead: tuple[int, ...], k: in
     stored = k // 2 if quantizer.sparse and layout != "values" else k
     if layout == "planes":
         return (quantizer.bits, *lead, plane_row_bytes(stored))
+    if layout == "even_odd":
+        return (*lead, (stored + 63) // 64 * 64)
     return (*lead, packed_row_bytes(stored) if layout == "packed" else stored)
 
 
@@ -283,6 +293,7 @@ def _(
     k: int,
     bias: Tensor | None,
     dtype: torch.dtype,
+    a_layout: str = "",
 ) -> Tensor:
     return a_scale.new_empty((a_scale.shape[0], w_scale.shape[0]), dtype=dtype)
 

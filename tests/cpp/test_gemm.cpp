@@ -59,6 +59,11 @@ Matrix make(Random& random, Grid grid, Layout layout, int64_t rows, int64_t k, F
   if (layout == Layout::kValues) {
     for (int64_t i = 0; i < rows * k; ++i) m.data.push_back(static_cast<uint8_t>(grid.bits == 8 ? codes[i] - 128 : m.values[i]));
   }
+  if (layout == Layout::kEvenOdd) {
+    const int64_t stride = row_bytes(layout, k);
+    m.data.resize(rows * stride);
+    for (int64_t i = 0; i < rows * k; ++i) m.data[i / k * stride + i % k / 64 * 64 + i % k % 2 * 32 + i % k % 64 / 2] = codes[i];
+  }
   if (layout == Layout::kPacked || layout == Layout::kPlanes) {
     m.data.resize(rows * row_bytes(layout, width) * (layout == Layout::kPlanes ? grid.bits : 1));
     pack(grid, layout, stored.data(), m.data.data(), rows, width, serial_for);
@@ -150,8 +155,9 @@ TEST(Gemm, SparseIsExactForAllGrids) {
   Random random(4);
   for (const Grid w : value_grids(4)) {
     for (const Grid a : value_grids(8)) {
-      expect_exact(gemm_sparse, make(random, a, Layout::kValues, 3, 168), make(random, w, Layout::kPacked, 7, 168, Fill::kRandom, true),
-                   random);
+      for (const Layout layout : {Layout::kValues, Layout::kEvenOdd}) {
+        expect_exact(gemm_sparse, make(random, a, layout, 3, 168), make(random, w, Layout::kPacked, 7, 168, Fill::kRandom, true), random);
+      }
       if (a.bits > 4) continue;
       expect_exact(gemm_sparse, make(random, a, Layout::kPacked, 3, 168), make(random, w, Layout::kPacked, 7, 168, Fill::kRandom, true),
                    random);

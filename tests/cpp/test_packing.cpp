@@ -75,6 +75,8 @@ TEST(Packing, RowsArePaddedToSixteenBytes) {
   EXPECT_EQ(plane_row_bytes(129), 32);
   EXPECT_EQ(index_row_bytes(256), 16);
   EXPECT_EQ(row_bytes(Layout::kCodes, 33), 33);
+  EXPECT_EQ(row_bytes(Layout::kEvenOdd, 64), 64);
+  EXPECT_EQ(row_bytes(Layout::kEvenOdd, 65), 128);
 }
 
 }  // namespace

@@ -24,6 +24,8 @@ TEST(Plan, OtherFamilies) {
   const Grid int4{GridKind::kInt, 4}, gauss4{GridKind::kGauss, 4}, ternary{GridKind::kTernary, 2}, int2{GridKind::kInt, 2};
   EXPECT_EQ(plan_operands(ternary, &int2, Sparsity::kNone).family, GemmFamily::kInt4);
   EXPECT_EQ(plan_operands(int4, &int4, Sparsity::kFourEight).family, GemmFamily::kSparse);
+  EXPECT_EQ(plan_operands(int4, &int4, Sparsity::kFourEight).a, Layout::kEvenOdd);
+  EXPECT_EQ(plan_operands({GridKind::kFp4, 4}, &int4, Sparsity::kFourEight).a, Layout::kValues);
   EXPECT_EQ(plan_operands(gauss4, &int4, Sparsity::kNone).family, GemmFamily::kDequantized);
   EXPECT_EQ(plan_operands(int4, &gauss4, Sparsity::kNone).family, GemmFamily::kDequantized);
   EXPECT_EQ(plan_operands(gauss4, nullptr, Sparsity::kNone).family, GemmFamily::kWeightOnly);
@@ -83,7 +85,7 @@ TEST(Plan, HopperTilesByRows) {
 }
 
 TEST(Plan, WgmmaOnHopperAlone) {
-  for (const GemmFamily family : {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes}) {
+  for (const GemmFamily family : {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes, GemmFamily::kSparse}) {
     for (const int64_t m : {17, 64, 4096}) {
       EXPECT_TRUE(plan_tile(family, m, 4096, 4096, 90, 132).wgmma);
       for (const int32_t capability : {80, 86, 89, 100, 120}) EXPECT_FALSE(plan_tile(family, m, 4096, 4096, capability, 132).wgmma);

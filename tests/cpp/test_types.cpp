@@ -37,7 +37,7 @@ TEST(Types, StringsAreExactBothWays) {
       }
     }
   }
-  for (const Layout layout : {Layout::kCodes, Layout::kValues, Layout::kPacked, Layout::kPlanes}) {
+  for (const Layout layout : {Layout::kCodes, Layout::kValues, Layout::kPacked, Layout::kPlanes, Layout::kEvenOdd}) {
     EXPECT_EQ(parse_layout(to_string(layout)), layout);
   }
 }

@@ -74,6 +74,13 @@ class Matrix {
       for (uint8_t& code : stored) code = static_cast<uint8_t>(grid_.bits == 8 ? code - 128 : code_value(grid_, code));
       return stored;
     }
+    if (layout_ == Layout::kEvenOdd) {
+      std::vector<uint8_t> ordered(rows * row_bytes(layout_, k));
+      for (int64_t i = 0; i < rows * k; ++i) {
+        ordered[i / k * row_bytes(layout_, k) + i % k / 64 * 64 + i % k % 2 * 32 + i % k % 64 / 2] = stored[i];
+      }
+      return ordered;
+    }
     const int64_t width = sparse ? k / 2 : k;
     std::vector<uint8_t> packed(rows * row_bytes(layout_, width) * (layout_ == Layout::kPlanes ? grid_.bits : 1));
     pack(grid_, layout_, stored.data(), packed.data(), rows, width, serial_for);
@@ -204,8 +211,10 @@ TEST_F(Gemm, SparseOfEveryShapeAndGrid) {
     const int64_t k = round_up(s.k, 8);
     const Matrix w(random, {GridKind::kInt, 4}, Layout::kPacked, s.n, k, Fill::kRandom, true);
     const Matrix packed(random, {GridKind::kInt, 4}, Layout::kPacked, s.m, k), values(random, {GridKind::kInt, 8}, Layout::kValues, s.m, k);
+    const Matrix even_odd(random, {GridKind::kInt, 4}, Layout::kEvenOdd, s.m, k);
     check_product(kSparse, packed, w, s.m, s.n, k);
     check_product(kSparse, values, w, s.m, s.n, k);
+    check_product(kSparse, even_odd, w, s.m, s.n, k);
   }
   const std::vector<Grid> grids = {{GridKind::kInt, 2}, {GridKind::kFp4, 4}, {GridKind::kTernary, 2}, {GridKind::kIntZero, 3}};
   for (const Grid grid_a : grids) {
@@ -214,6 +223,9 @@ TEST_F(Gemm, SparseOfEveryShapeAndGrid) {
       const Matrix values(random, {GridKind::kInt, 8}, Layout::kValues, 19, 176);
       check_product(kSparse, a, w, 19, 30, 176);
       check_product(kSparse, values, w, 19, 30, 176);
+      const Matrix even_odd(random, grid_a, Layout::kEvenOdd, 19, 176), even_odd8(random, {GridKind::kInt, 8}, Layout::kEvenOdd, 19, 176);
+      check_product(kSparse, even_odd, w, 19, 30, 176);
+      check_product(kSparse, even_odd8, w, 19, 30, 176);
     }
   }
 }
@@ -238,6 +250,14 @@ TEST_F(Gemm, ExtremeCodes) {
     check_product(kPlanes, a, w, m, 3, 32768);
     const Matrix v(random, int8, Layout::kValues, m, 8192, Fill::kBottom), s(random, int4, Layout::kPacked, 3, 8192, Fill::kTop, true);
     check_product(kSparse, v, s, m, 3, 8192);
+    for (const Fill fill_a : {Fill::kTop, Fill::kBottom}) {
+      for (const Fill fill_w : {Fill::kTop, Fill::kBottom}) {
+        const Matrix a8(random, int8, Layout::kEvenOdd, m, 32768, fill_a), a4(random, int4, Layout::kEvenOdd, m, 32768, fill_a);
+        const Matrix w4(random, int4, Layout::kPacked, 3, 32768, fill_w, true);
+        check_product(kSparse, a8, w4, m, 3, 32768);
+        check_product(kSparse, a4, w4, m, 3, 32768);
+      }
+    }
   }
 }
 
@@ -282,6 +302,15 @@ TEST_F(Gemm, TensorCopiesOfEveryTile) {
     check_product(kInt8, values8, codes8, s.m, s.n, s.k, DType::kBFloat16);
     check_product(kInt8, codes4, codes7, s.m, s.n, s.k, DType::kBFloat16, false);
     check_product(kInt8, values_fp4, own4, s.m, s.n, s.k, DType::kBFloat16);
+    {
+      const Matrix a4(random, int4, Layout::kEvenOdd, s.m, s.k), a8(random, int8, Layout::kEvenOdd, s.m, s.k),
+          zero3(random, {GridKind::kIntZero, 3}, Layout::kEvenOdd, s.m, s.k);
+      const Matrix w4(random, int4, Layout::kPacked, s.n, s.k, Fill::kRandom, true),
+          w_ternary(random, ternary, Layout::kPacked, s.n, s.k, Fill::kRandom, true);
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) check_product(kSparse, a4, w4, s.m, s.n, s.k, dtype);
+      check_product(kSparse, a8, w4, s.m, s.n, s.k, DType::kBFloat16, false);
+      check_product(kSparse, zero3, w_ternary, s.m, s.n, s.k, DType::kFloat32);
+    }
     for (const auto& [bits_a, bits_w] : {std::pair{1, 1}, std::pair{1, 2}, std::pair{2, 2}, std::pair{3, 2}, std::pair{4, 4}}) {
       const Matrix a(random, {GridKind::kInt, bits_a}, Layout::kPlanes, s.m, s.k),
           w(random, {GridKind::kInt, bits_w}, Layout::kPlanes, s.n, s.k);
@@ -302,6 +331,8 @@ TEST_F(Gemm, TensorCopiesOfManyTiles) {
     check_product(kInt4, a, w, s.m, s.n, s.k, DType::kBFloat16);
     check_product(kInt4, a8, w, s.m, s.n, s.k, DType::kFloat16);
     check_product(kInt8, a8, w8, s.m, s.n, s.k, DType::kBFloat16);
+    const Matrix ordered(random, int4, Layout::kEvenOdd, s.m, s.k), kept(random, int4, Layout::kPacked, s.n, s.k, Fill::kRandom, true);
+    check_product(kSparse, ordered, kept, s.m, s.n, s.k, DType::kBFloat16);
   }
   for (const auto& [bits, s] : {std::pair{1, Shape{1025, 9608, 8200}}, std::pair{2, Shape{1025, 9608, 2056}}}) {
     EXPECT_EQ(plan_tile(GemmFamily::kPlanes, s.m, s.n, s.k, 90, 132).block_m, 256);

@@ -102,6 +102,10 @@ void expect_same_codes(const Quantizer& quantizer, Layout layout, const Result& 
     }
   } else if (layout == Layout::kCodes) {
     expected = codes.codes;
+  } else if (layout == Layout::kEvenOdd) {
+    for (int64_t i = 0; i < rows * k; ++i) {
+      expected[i / k * row_bytes(layout, k) + i % k / 64 * 64 + i % k % 2 * 32 + i % k % 64 / 2] = codes.codes[i];
+    }
   } else {
     pack(quantizer.grid, layout, codes.codes.data(), expected.data(), rows, stored, serial_for);
   }
@@ -115,7 +119,7 @@ std::vector<Layout> layouts_of(const Quantizer& quantizer) {
   const bool has_zero = !is_sparse(quantizer) || quantizer.grid.bits < 8;  // 8-bit values leave none for the pruned
   if (has_values(quantizer.grid) && has_zero) layouts.push_back(Layout::kValues);
   if (quantizer.grid.bits <= 4) layouts.push_back(Layout::kPacked);
-  if (!is_sparse(quantizer)) layouts.push_back(Layout::kPlanes);
+  if (!is_sparse(quantizer)) layouts.insert(layouts.end(), {Layout::kPlanes, Layout::kEvenOdd});
   return layouts;
 }
 

@@ -40,7 +40,7 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
 // gemm_planes: both kPlanes, int grids of 1 to 4 bits.
 void gemm_planes(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                  const ParallelFor& parallel_for);
-// gemm_sparse: w kPacked with a 4:8 index; a kPacked or kValues, dense. 8 divides k.
+// gemm_sparse: w kPacked with a 4:8 index; a kEvenOdd (which Hopper's sparse instructions take), kValues or kPacked, dense. 8 divides k.
 void gemm_sparse(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                  const ParallelFor& parallel_for);
 // gemm_weight_only: x is real, [m, k] of dtype (rotated already if w is); w any grid, kCodes, kPacked or kPlanes. Accumulates in float32.

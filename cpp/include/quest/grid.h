@@ -39,8 +39,8 @@ float code_level(Grid grid, int32_t code);
 // Largest |v|.
 int32_t max_value(Grid grid);
 
-// v = mul * u + add for the integer u that a layout stores (kValues: u = v, but 2u + 1 at 8 bits; kCodes, kPacked, kPlanes: u = c).
-// Not for fp4 codes, whose values are not an affine function of the code: table look-up first, then mul = 1, add = 0.
+// v = mul * u + add for the integer u that a layout stores (kValues: u = v, but 2u + 1 at 8 bits; kCodes, kPacked, kPlanes, kEvenOdd: u =
+// c). Not for fp4 codes, whose values are not an affine function of the code: table look-up first, then mul = 1, add = 0.
 struct Affine {
   int32_t mul;
   int32_t add;

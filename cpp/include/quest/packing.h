@@ -1,8 +1,8 @@
 // Canonical storage of codes: little end first along K, every row padded with zero bytes to 16 bytes (what TMA needs); K is kept beside.
 //
 // 4:8 sparsity keeps 2 of every 4 adjacent pairs. A sparse row of K values (8 divides K) is stored as its K/2 kept codes in order, in any
-// layout but kPlanes, and an index: for every 8 values the two kept pair numbers p0 < p1 as p0 | p1 << 2, two such nibbles a byte, low
-// first. (Sparse kValues are the exception: all K values, the pruned ones 0.)
+// layout but kPlanes and kEvenOdd, and an index: for every 8 values the two kept pair numbers p0 < p1 as p0 | p1 << 2, two such nibbles a
+// byte, low first. (Sparse kValues are the exception: all K values, the pruned ones 0.)
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@
 namespace quest {
 
 inline constexpr int64_t kRowAlignment = 16;
+inline constexpr int64_t kEvenOddColumns = 64;  // that kEvenOdd orders at a time
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t packed_row_bytes(int64_t k) { return round_up((k + 1) / 2, kRowAlignment); }

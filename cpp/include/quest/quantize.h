@@ -33,7 +33,8 @@ void check_index(const char* op, const Quantizer& quantizer, bool has_index);
 int64_t rotation_block(const Quantizer& quantizer, int64_t k);
 int64_t stored_codes(const Quantizer& quantizer, Layout layout, int64_t k);
 
-// x: [rows, k] of dtype, contiguous. Sparse: 8 must divide k, layout is not kPlanes. kValues: not for gauss. kPacked: at most 4 bits.
+// x: [rows, k] of dtype, contiguous. Sparse: 8 must divide k, layout is neither kPlanes nor kEvenOdd. kValues: not for gauss. kPacked: at
+// most 4 bits.
 void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dtype, int64_t rows, int64_t k, const QuantizeOutput& output,
               const ParallelFor& parallel_for);
 

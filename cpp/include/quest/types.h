@@ -20,12 +20,16 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// How the integers of a [rows, K] matrix lie in memory. Every row of kPacked and kPlanes is padded with zero bytes to kRowAlignment.
+// How the integers of a [rows, K] matrix lie in memory. Every row of kPacked and kPlanes is padded with zero bytes to kRowAlignment, of
+// kEvenOdd to 64.
 enum class Layout : int32_t {
-  kCodes,   // uint8 [rows, K]: one code a byte
-  kValues,  // int8  [rows, K]: the value v; 8-bit int grid: c - 128, so that v = 2u + 1
-  kPacked,  // uint8 [rows, packed_row_bytes(K)]: two 4-bit codes a byte, the even column in the low half
-  kPlanes,  // uint8 [bits, rows, plane_row_bytes(K)]: plane j holds bit j of every code, eight columns a byte, lowest first
+  kCodes,    // uint8 [rows, K]: one code a byte
+  kValues,   // int8  [rows, K]: the value v; 8-bit int grid: c - 128, so that v = 2u + 1
+  kPacked,   // uint8 [rows, packed_row_bytes(K)]: two 4-bit codes a byte, the even column in the low half
+  kPlanes,   // uint8 [bits, rows, plane_row_bytes(K)]: plane j holds bit j of every code, eight columns a byte, lowest first
+  kEvenOdd,  // uint8 [rows, K to a multiple of 64]: one code a byte; of every 64 columns first the 32 even ones, then the 32 odd ones. What
+             // 4:8 sparse weights are multiplied by: of 4 adjacent pairs they keep 2, so of 4 neighbours in this order too, as the sparse
+             // instructions of a GPU want it
 };
 
 enum class GridKind : int32_t { kInt, kIntZero, kFp4, kGauss, kTernary };

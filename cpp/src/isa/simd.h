@@ -183,6 +183,12 @@ static inline void read_codes(const uint8_t* row, Layout layout, int32_t bits, i
       }
       return;
     }
+    case Layout::kEvenOdd:
+      for (int j = 0; j < 32; ++j) {
+        codes[2 * j] = row[i + j];
+        codes[2 * j + 1] = row[i + 32 + j];
+      }
+      return;
     case Layout::kPlanes:
       std::memset(codes, 0, kChunk);
       for (int32_t j = 0; j < bits; ++j) {
@@ -208,6 +214,13 @@ static inline void write_codes(uint8_t* row, Layout layout, int32_t bits, int64_
       if (i / 2 < row_bytes) std::memcpy(row + i / 2, packed, smaller(row_bytes - i / 2, 32));
       return;
     }
+    case Layout::kEvenOdd:
+      if (i >= row_bytes) return;
+      for (int j = 0; j < 32; ++j) {
+        row[i + j] = codes[2 * j];
+        row[i + 32 + j] = codes[2 * j + 1];
+      }
+      return;
     case Layout::kPlanes:
       if (i / 8 >= row_bytes) return;
       for (int32_t j = 0; j < bits; ++j) {
