@@ -98,7 +98,8 @@ struct WidenByTable {
   }
 };
 
-// The kept codes of a 4:8 sparse weight, and behind their tile the pair indices, 8 bytes of every row in 16 (the copy engine's least).
+// The kept codes of a 4:8 sparse weight, and behind their tile the pair indices: 16 bytes of every row, the copy engine's least, of which a
+// stage needs the first or the last 8.
 //
 // With a in the order of kEvenOdd each half of 64 columns has one value of every pair, so that two kept pairs of four are two kept values
 // of four, and the index of 64 columns is the instruction's metadata as it is, for both halves. A word of a row holds 8 codes, of the pairs
@@ -248,7 +249,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
           tensor_load<false>(w_tile(stage), &w_map, &full[stage], k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
           if constexpr (Fragments::kIndexBytes > 0) {
             tensor_load<false>(w_tile(stage) + kWgmmaN * Fragments::kRowBytes, &index_map, &full[stage],
-                               k_tile * (Fragments::kIndexBytes / 2), first_n, 0, 0);
+                               k_tile / 2 * Fragments::kIndexBytes, first_n, 0, 0);
           }
           tensor_load<(CLUSTER > 1)>(a_tile(stage) + column_rank * kShare * kStageRowBytes, &a_map, &full[stage], k_tile * kStageRowBytes,
                                      first_m, step.a_plane, (1 << CLUSTER) - 1);
@@ -273,11 +274,12 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       if (lane < CLUSTER) barrier_arrive(&empty[s], Tile::SPLIT ? rank : lane);
     };
 
-    // Of the stage that the ring is at.
-    auto load_words = [&](auto& words) {
+    // Of step i, whose stage the ring is at.
+    auto load_words = [&](auto& words, int i) {
       const uint32_t address = fragment_offset + stage * Tile::STAGE_BYTES;
       if constexpr (Fragments::kIndexBytes > 0) {
-        Fragments::load(words, address, index_offset + stage * Tile::STAGE_BYTES, problem);
+        Fragments::load(words, address, index_offset + stage * Tile::STAGE_BYTES + (first_k_tile + i) % 2 * (Fragments::kIndexBytes / 2),
+                        problem);
       } else {
         Fragments::load(words, address, problem);
       }
@@ -295,7 +297,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       const ColumnLoads column_loads(problem.output, first_n);
 
       barrier_wait(&full[stage], parity);
-      load_words(even);
+      load_words(even, 0);
       StepCursor cursor(steps);
       // The products of the stage whose words are in `now`; meanwhile the words of the next stage are loaded.
       auto multiply_stage = [&](int i, const uint32_t(&now)[kInstructions][kWords], uint32_t(&next)[kInstructions][kWords]) {
@@ -312,7 +314,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
         if (i + 1 < count) {
           next_stage();
           barrier_wait(&full[stage], parity);
-          load_words(next);
+          load_words(next, i + 1);
           if (Tile::Mma::kPlanes && cursor.advance()) {
             wgmma_wait<0>();
             wgmma_owned(accumulators);
