@@ -36,10 +36,11 @@ inline constexpr int kMaxSplit = 8;  // blocks of a cluster that every GPU can p
 struct WgmmaProblem {
   TileOutput output;
   Steps steps;
-  int32_t tiles_m, clusters_n;  // of BLOCK_M rows of y, of CLUSTER * 128 columns
-  int32_t split;                // blocks that share a tile along K
-  uint32_t flip;                // ByteFragments
-  uint4 table;                  // WidenByTable
+  int32_t tiles_m, clusters_n;    // of BLOCK_M rows of y, of CLUSTER * 128 columns
+  int32_t split;                  // blocks that share a tile along K
+  uint32_t flip;                  // ByteFragments
+  uint4 table;                    // WidenByTable
+  uint32_t value_mul, value_add;  // SparseFragments: v + 128, four bytes, of four codes
 };
 
 // ---- the weight, from a tile of 64 rows a warpgroup in shared memory to the words of the instruction. `offset`: of this lane's bytes in
@@ -123,14 +124,18 @@ struct SparseFragments {
     for (int i = 0; i < kInstructions; ++i) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const uint32_t first = look_up_nibbles(problem.table, codes[2 * i + row]);
-        const uint32_t second = look_up_nibbles(problem.table, codes[2 * i + row] >> 16);
-        words[i][row] = __byte_perm(first, second, 0x6420);
-        words[i][2 + row] = __byte_perm(first, second, 0x7531);
+        words[i][row] = value(codes[2 * i + row] & 0x0F0F0F0Fu, problem);
+        words[i][2 + row] = value(codes[2 * i + row] >> 4 & 0x0F0F0F0Fu, problem);
       }
     }
     words[0][4] = index.x;
     words[1][4] = index.y;
+  }
+
+ private:
+  // 4 codes to mul c + add; v + 128 carries nothing from byte to byte.
+  static __device__ __forceinline__ uint32_t value(uint32_t four, const WgmmaProblem& problem) {
+    return (four * problem.value_mul + problem.value_add) ^ 0x80808080u;
   }
 };
 

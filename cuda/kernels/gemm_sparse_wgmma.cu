@@ -12,7 +12,9 @@ bool gemm_sparse_wgmma(const char* op, const Operand& a, const Operand& w, const
   WgmmaProblem problem{};
   // Values of w, not codes: what is pruned counts as 0.
   problem.output.epilogue = integer_epilogue(a, w, affine(a.grid, a.layout), {1, 0}, output, k);
-  problem.table = value_table(w.grid);
+  const Affine value = affine(w.grid, Layout::kPacked);
+  problem.value_mul = static_cast<uint32_t>(value.mul);
+  problem.value_add = static_cast<uint32_t>(value.add + 128) * 0x01010101u;
   launch_wgmma<WgmmaSparseInt8, SparseFragments>(op, tile, a, w, problem, k, device, stream);
   return true;
 }

@@ -259,6 +259,12 @@ def unpack_nibbles(data: Tensor, k: int) -> Tensor:
     return torch.stack([data.long() & 15, data.long() >> 4], dim=-1).flatten(-2)[..., :k]
 
 
+def even_odd(codes: Tensor) -> Tensor:
+    """Codes [*, K] -> uint8 [*, K to a multiple of 64]: of every 64 columns the even ones, then the odd ones."""
+    blocks = F.pad(codes, (0, -codes.shape[-1] % 64)).unflatten(-1, (-1, 32, 2))
+    return blocks.transpose(-1, -2).flatten(-3).to(torch.uint8)
+
+
 def pack_index(keep: Tensor) -> Tensor:
     """4:8 pattern bool [*, K] -> uint8 [*, ceil(K/16) padded to 16]: for every 8 values p0 | p1 << 2, two such
     nibbles a byte."""

@@ -35,6 +35,8 @@ def in_layout(grid: str, codes: Tensor, layout: str) -> Tensor:
         return (codes - 128 if q.bits == 8 else values_of(grid, codes)).to(torch.int8)
     if layout == "codes":
         return codes.to(torch.uint8)
+    if layout == "even_odd":
+        return reference.even_odd(codes)
     return reference.pack_nibbles(codes) if layout == "packed" else reference.pack_planes(codes, q.bits)
 
 
@@ -155,6 +157,9 @@ def test_depth_that_int32_cannot_hold(device: torch.device) -> None:
     [
         ("int4", "values", "int4"),
         ("int4", "packed", "int4"),
+        ("int4", "even_odd", "int4"),
+        ("int8", "even_odd", "int3"),
+        ("fp4", "even_odd", "ternary"),
         ("int8", "values", "int2"),
         ("fp4", "values", "fp4"),
         ("int_zero4", "packed", "int1"),
@@ -169,7 +174,7 @@ def test_sparse(a_grid: str, a_layout: str, w_grid: str, m: int, n: int, k: int,
     exact = reference.integer_product(values_of(a_grid, a), values_of(w_grid, w) * keep)
     left = [t.to(device) for t in (in_layout(a_grid, a, a_layout), a_scale, a.sum(-1).int())]
     right = [reference.pack_nibbles(kept_codes), w_scale, kept_codes.sum(-1).int(), reference.pack_index(keep)]
-    y = ops.gemm_sparse(*left, a_grid, *(t.to(device) for t in right), w_grid, k, None, torch.float32)
+    y = ops.gemm_sparse(*left, a_grid, *(t.to(device) for t in right), w_grid, k, None, torch.float32, a_layout)
     assert torch.equal(y.cpu(), exact.float() * a_scale[:, None] * w_scale)
 
 

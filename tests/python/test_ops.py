@@ -33,10 +33,10 @@ def dense(layout: ops.Layout, w_layout: ops.Layout, device: torch.device, **othe
     return tuple({**named, **other}.values())
 
 
-def sparse(device: torch.device) -> tuple[Any, ...]:
-    a, w = operand(3, INT4, "values", device), operand(5, SPARSE, "packed", device)
+def sparse(device: torch.device, a_layout: ops.Layout = "values") -> tuple[Any, ...]:
+    a, w = operand(3, INT4, a_layout, device), operand(5, SPARSE, "packed", device)
     left = (a.codes, a.scale, a.code_sum, "int4")
-    return (*left, w.codes, w.scale, w.code_sum, w.pair_index, "int4", 96, None, FLOAT)
+    return (*left, w.codes, w.scale, w.code_sum, w.pair_index, "int4", 96, None, FLOAT, a_layout)
 
 
 def packed_weight(device: torch.device) -> tuple[Any, ...]:
@@ -56,6 +56,7 @@ def samples(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("quantize", (x, str(INT4), "packed")),
         ("quantize", (half, "int8-none-clip", "values", False)),
         ("quantize", (x, "int3-hadamard-ste", "planes", True)),
+        ("quantize", (x, str(INT4), "even_odd", True)),
         ("quantize", (x, str(SPARSE), "packed", True)),
         ("quantize", (x, str(SPARSE), "values", True)),
         ("dequantize", (codes.codes, codes.scale, None, str(INT4), "codes", 96, FLOAT)),
@@ -71,6 +72,7 @@ def samples(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("gemm_int4", dense("values", "packed", device)),
         ("gemm_planes", dense("planes", "planes", device)),
         ("gemm_sparse", sparse(device)),
+        ("gemm_sparse", sparse(device, "even_odd")),
         ("gemm_weight_only", (x[0], *packed_weight(device)[:2], "int4", "packed", None)),
         ("linear", (x, str(INT4), *packed_weight(device), torch.randn(5, device=device))),
         ("linear", (half, "none", *packed_weight(device), None)),

@@ -46,7 +46,7 @@ def layouts_of(q: Quantizer) -> list[ops.Layout]:
     if q.bits <= 4:
         layouts.append("packed")
     if not q.sparse:
-        layouts.append("planes")
+        layouts += ["planes", "even_odd"]
     return layouts
 
 
@@ -57,6 +57,8 @@ def stored(expected: reference.Quantized, q: Quantizer, layout: ops.Layout) -> T
     codes = reference.compress(expected.codes, expected.kept) if q.sparse else expected.codes
     if layout == "codes":
         return codes.to(torch.uint8)
+    if layout == "even_odd":
+        return reference.even_odd(codes)
     return reference.pack_nibbles(codes) if layout == "packed" else reference.pack_planes(codes, q.bits)
 
 
