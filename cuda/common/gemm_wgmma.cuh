@@ -13,6 +13,9 @@
 //
 // Bit planes: one pass over K for each pair of planes (steps.cuh).
 //
+// 4:8 sparse weights: a product of 64 columns takes the time of one of 32, and reads 128 bytes of a a cycle, all that shared memory gives.
+// What copies write comes on top of that, so the tensor cores are busy for 60 to 67 % of the time; and the GPU is out of power (H200).
+//
 // What bounds it (H100): a loop of 4-bit weights runs at 95 % of the wgmma ceiling when its data are there; copies cost about 10 % of that
 // and the epilogue, of 4 to 6 instructions a value, about 3000 cycles a tile. CHANGELOG has what was tried.
 #pragma once
@@ -115,6 +118,7 @@ struct SparseFragments {
     const int lane = threadIdx.x % 32;
     return kWgmmaN * kRowBytes + (first_row + lane / 4 + lane % 2 * 8) * kIndexBytes;
   }
+  // The words' products have been waited for.
   static __device__ __forceinline__ void load(uint32_t (&words)[kInstructions][5], uint32_t address, uint32_t index_address,
                                               const WgmmaProblem& problem) {
     uint32_t codes[2 * kInstructions];  // of row g and row g + 8 for each instruction
@@ -128,8 +132,8 @@ struct SparseFragments {
         words[i][2 + row] = value(codes[2 * i + row] >> 4 & 0x0F0F0F0Fu, problem);
       }
     }
-    words[0][4] = index.x;
-    words[1][4] = index.y;
+    replace_metadata(words[0][4], index.x, problem.value_mul);
+    replace_metadata(words[1][4], index.y, problem.value_mul);
   }
 
  private:
@@ -280,11 +284,12 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     };
 
     // Of step i, whose stage the ring is at.
+    constexpr bool kSparse = Fragments::kIndexBytes > 0;
     auto load_words = [&](auto& words, int i) {
       const uint32_t address = fragment_offset + stage * Tile::STAGE_BYTES;
-      if constexpr (Fragments::kIndexBytes > 0) {
-        Fragments::load(words, address, index_offset + stage * Tile::STAGE_BYTES + (first_k_tile + i) % 2 * (Fragments::kIndexBytes / 2),
-                        problem);
+      if constexpr (kSparse) {
+        const int half = (first_k_tile + i) % 2 * (Fragments::kIndexBytes / 2);
+        Fragments::load(words, address, index_offset + stage * Tile::STAGE_BYTES + half, problem);
       } else {
         Fragments::load(words, address, problem);
       }
@@ -293,6 +298,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     int32_t accumulators[BLOCK_M / 2];
     constexpr int kInstructions = Fragments::kInstructions, kWords = Tile::Mma::kWords;
     uint32_t even[kInstructions][kWords], odd[kInstructions][kWords];
+    if constexpr (kSparse) even[0][4] = even[1][4] = odd[0][4] = odd[1][4] = 0;
     for (int tile = first_tile; tile < tiles; tile += tile_stride) {
       const TileCursor at(problem, tile);
       const int first_m = at.m * BLOCK_M;

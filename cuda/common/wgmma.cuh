@@ -29,6 +29,13 @@ __device__ __forceinline__ void wgmma_owned(int32_t (&d)[COUNT]) {
   for (int32_t& word : d) asm volatile("" : "+r"(word)::"memory");
 }
 
+// New metadata for a sparse product, where the products that used the old have been waited for. The tensor cores read metadata while they
+// multiply, as they do a, but the compiler (13.0) takes its registers for free once the instruction has started. The old value is therefore
+// one that this may keep: nothing else is put in its place until here. always: not 0, but not known to the compiler.
+__device__ __forceinline__ void replace_metadata(uint32_t& metadata, uint32_t by, uint32_t always) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p mov.b32 %0, %1;\n}" : "+r"(metadata) : "r"(by), "r"(always) : "memory");
+}
+
 template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");

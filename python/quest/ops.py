@@ -9,8 +9,8 @@ Layouts of codes, by rows of K integers; packed rows are padded with zero bytes 
     values   int8  [*, K]                      the integer value v (at 8 bits: code - 128)
     packed   uint8 [*, packed_row_bytes(K)]    two 4-bit codes a byte, the even column in the low half
     planes   uint8 [bits, *, plane_row_bytes(K)]  plane j holds bit j of every code, eight columns a byte, lowest first
-    even_odd uint8 [*, K to a multiple of 64]  one code a byte; of every 64 columns the even ones, then the odd ones: the order
-                                               in which 4:8 sparse weights take activations
+    even_odd uint8 [*, K to a multiple of 64]  one code a byte; of every 64 columns the even ones, then the odd ones:
+                                               the order in which 4:8 sparse weights take activations
 A 4:8 sparse quantizer stores its K/2 kept codes (values: all K, the pruned ones 0) and their index.
 """
 
