@@ -417,10 +417,8 @@ def integer_call(family: str, a: Quantized, w: Quantized, real: torch.dtype) -> 
     gemm = getattr(torch.ops.quest, f"gemm_{family}")
     index = () if w.index is None else (w.index,)
 
-    layout = () if w.index is not None else (a.layout,)
-
     def call(ac: Tensor, ascale: Tensor, asum: Tensor, *weight: Tensor) -> Any:
-        return gemm(ac, ascale, asum, a.grid, *weight, w.grid, a.k, None, real, *layout)
+        return gemm(ac, ascale, asum, a.grid, *weight, w.grid, a.k, None, real, a.layout)
 
     return (*a.operands, *w.operands, *index), call
 
