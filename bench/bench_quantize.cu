@@ -148,7 +148,8 @@ void run(const std::string& filter) {
     Layout layout;
   };
   for (const Kind& kind : {Kind{"int4-hadamard-trust", Layout::kPacked}, Kind{"int4-hadamard-trust", Layout::kValues},
-                           Kind{"int1-hadamard-trust", Layout::kPlanes}, Kind{"int2-hadamard-trust", Layout::kPlanes}}) {
+                           Kind{"int4-hadamard-trust", Layout::kEvenOdd}, Kind{"int1-hadamard-trust", Layout::kPlanes},
+                           Kind{"int2-hadamard-trust", Layout::kPlanes}}) {
     for (const int64_t k : {2048, 4096, 5632, 11008}) {
       const Quantizer quantizer = parse_quantizer(kind.quantizer);
       const std::string name = "quantize_" + to_string(quantizer.grid) + "_" + to_string(kind.layout);
