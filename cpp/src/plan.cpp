@@ -62,29 +62,6 @@ int64_t waves(int64_t tiles, int64_t at_once) { return (tiles + at_once - 1) / a
 
 GemmTile skinny_tile() { return {kSkinny.kernel, false, kSkinny.block_m, kSkinny.block_n, 128, 1, 1, kSkinny.reason}; }
 
-GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
-  const int32_t block_k = 2 * elements_of_64_bytes(family);
-  constexpr int32_t pair = 2;  // blocks that copy half of their a each
-  auto tile = [&](const TileRow& row, int32_t cluster, int32_t split) {
-    return GemmTile{row.kernel, true, row.block_m, row.block_n, block_k, cluster, split, row.reason};
-  };
-  if (m <= kSkinny.block_m && plan_skinny(family, m, k, 90)) return skinny_tile();
-  const bool few_tiles = m <= 2 * kWgmma64.block_m && 2 * tiles(kWgmma128, m, n) <= sm_count;
-  if (m <= kWgmma64.block_m || few_tiles) {
-    const TileRow& row = m <= kWgmma16.block_m ? kWgmma16 : kWgmma64;
-    const int64_t stages = (k + block_k - 1) / block_k;
-    int32_t split = 1;
-    while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages && 2 * split * tiles(row, m, n) <= kSplitBlocksOfSm * sm_count) {
-      split *= 2;
-    }
-    return tile(row, 1, split);
-  }
-  const TileRow pairs = {kWgmma256.block_m, pair * kWgmma256.block_n, "", ""};
-  const double time_256 = static_cast<double>(waves(tiles(pairs, m, n), std::max(1, sm_count / pair)));
-  const double time_128 = kWgmma128Time * static_cast<double>(waves(tiles(kWgmma128, m, n), sm_count));
-  return time_128 < time_256 ? tile(kWgmma128, 1, 1) : tile(kWgmma256, pair, 1);
-}
-
 }  // namespace
 
 std::string to_string(GemmFamily family) {
@@ -137,13 +114,36 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
         "; the kernels need the tensor cores of that generation");
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
   const bool has_wgmma = family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes;
+  if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
   return compute_capability == 90 && has_wgmma ? plan_wgmma(family, m, n, k, sm_count)
                                                : plan_mma_sync(family, m, n, k, compute_capability, sm_count);
 }
 
+GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+  const int32_t block_k = 2 * elements_of_64_bytes(family);
+  constexpr int32_t pair = 2;  // blocks that copy half of their a each
+  auto tile = [&](const TileRow& row, int32_t cluster, int32_t split) {
+    return GemmTile{row.kernel, true, row.block_m, row.block_n, block_k, cluster, split, row.reason};
+  };
+  const bool few_tiles = m <= 2 * kWgmma64.block_m && 2 * tiles(kWgmma128, m, n) <= sm_count;
+  if (m <= kWgmma64.block_m || few_tiles) {
+    const TileRow& row = m <= kWgmma16.block_m ? kWgmma16 : kWgmma64;
+    const int64_t stages = (k + block_k - 1) / block_k;
+    int32_t split = 1;
+    while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages && 2 * split * tiles(row, m, n) <= kSplitBlocksOfSm * sm_count) {
+      split *= 2;
+    }
+    return tile(row, 1, split);
+  }
+  const TileRow pairs = {kWgmma256.block_m, pair * kWgmma256.block_n, "", ""};
+  const double time_256 = static_cast<double>(waves(tiles(pairs, m, n), std::max(1, sm_count / pair)));
+  const double time_128 = kWgmma128Time * static_cast<double>(waves(tiles(kWgmma128, m, n), sm_count));
+  return time_128 < time_256 ? tile(kWgmma128, 1, 1) : tile(kWgmma256, pair, 1);
+}
+
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability) {
-  if (m > kSkinny.block_m || (family != GemmFamily::kInt8 && family != GemmFamily::kInt4)) return false;
+  if (m > kSkinny.block_m || k == 0 || (family != GemmFamily::kInt8 && family != GemmFamily::kInt4)) return false;
   const int64_t rows = m <= 8 ? 8 : 16, columns = (k + 127) / 128 * 128;
   return rows * columns <= skinny_room(compute_capability);
 }

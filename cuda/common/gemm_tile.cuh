@@ -298,13 +298,6 @@ void launch_tile(const char* op, const GemmTile& tile, const SourceA& a, const S
   }
 }
 
-// A loader as an argument.
-template <template <int> class Loader_>
-struct LoadWith {
-  template <int ROWS>
-  using Loader = Loader_<ROWS>;
-};
-
 inline Steps steps_of(int64_t row_bytes, int32_t a_planes = 1, int32_t w_planes = 1) {
   return {static_cast<int>((row_bytes + kTileRowBytes - 1) / kTileRowBytes), a_planes, w_planes};
 }

@@ -336,9 +336,9 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   problem.clusters_n = static_cast<int32_t>(clusters_n);
 
   const CUtensorMapSwizzle w_swizzle = Tile::Fragments::kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  const CUtensorMap a_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
+  const CUtensorMap a_map = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
                                        {kStageRowBytes, static_cast<uint32_t>(Tile::BLOCK_M / Tile::CLUSTER), CU_TENSOR_MAP_SWIZZLE_128B});
-  const CUtensorMap w_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
+  const CUtensorMap w_map = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
                                        {static_cast<uint32_t>(Tile::Fragments::kRowBytes), kWgmmaN, w_swizzle});
   const CUtensorMap y_map = output_map(op, problem.output, Tile::Piece::ROWS);
 

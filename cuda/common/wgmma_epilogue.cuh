@@ -207,8 +207,8 @@ inline CUtensorMap output_map(const char* op, TileOutput& output, int rows) {
   const Output& y = output.epilogue.output;
   output.tensor_store = y.vectorized && y.dtype != DType::kFloat32;
   if (!output.tensor_store) return {};
-  return tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, y.y, y.n, y.m, 1, y.n * 2,
-                    {kWarpgroupColumns, static_cast<uint32_t>(rows), CU_TENSOR_MAP_SWIZZLE_128B});
+  return tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT16, y.y, {{y.n, 2, kWarpgroupColumns}, {y.m, y.n * 2, static_cast<uint32_t>(rows)}},
+                    CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace quest::cuda

@@ -1,5 +1,6 @@
 // gemm_planes: the product of bit planes, sum c_a c_w = sum_ij 2^(i+j) popcount(plane_i(a) & plane_j(w)), on the 1-bit tensor cores.
 #include "common/gemm_skinny.cuh"
+#include "common/gemm_tile.cuh"
 #include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
 
@@ -30,7 +31,7 @@ void gemm_planes(const Operand& a, const Operand& w, const float* bias, void* y,
   const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, false), operand_affine(w, false), output, k);
   // One plane each: bytes of 8 products.
   if (a.grid.bits * w.grid.bits == 1 && plan_skinny(GemmFamily::kInt8, m, a_rows.row_bytes, device.compute_capability)) {
-    launch_skinny<MmaBits, SkinnyBytes>(op, a_rows, w_rows, a_rows.row_bytes, epilogue, device, stream);
+    launch_skinny<MmaBits, SkinnyBytes>(op, skinny_rows(a, m, k), skinny_rows(w, n, k), epilogue, device, stream);
     return;
   }
   if (gemm_planes_wgmma(op, a, w, output, k, device, stream)) return;
