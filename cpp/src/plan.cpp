@@ -148,6 +148,12 @@ bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capabi
   return rows * columns <= skinny_room(compute_capability);
 }
 
+bool plan_native_int4(Layout a_layout, Grid a, Grid w, int32_t compute_capability) {
+  // An fp4 code is no affine map of its value; values need more than 4 bits (int4: odd numbers up to 15).
+  auto is_nibble = [](Grid grid) { return grid.bits <= 4 && has_values(grid) && grid.kind != GridKind::kFp4; };
+  return compute_capability / 10 == 8 && (a_layout == Layout::kPacked || a_layout == Layout::kCodes) && is_nibble(a) && is_nibble(w);
+}
+
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
   if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
   const bool floats = m <= kSkinnyFloats.block_m && family == GemmFamily::kWeightOnly;

@@ -1,6 +1,12 @@
-// gemm_int4: y = s_a s_w (v_a v_w^T) + bias of a packed weight and a packed or int8 activation. Hopper has no 4-bit tensor cores (they are
-// emulated there at a few percent of the int8 rate), so nibbles are widened to int8: in registers, for few rows and on wgmma
-// (gemm_int4_wgmma.cu); else once per tile on their way to shared memory.
+// gemm_int4: y = s_a s_w (v_a v_w^T) + bias of a packed weight and a packed or int8 activation.
+//
+// GPUs of compute capability 8.x have tensor cores for 4-bit integers, at twice the rate of int8. There, products of codes of at most 4
+// bits stay nibbles: u = c, unsigned, so that the packed bytes are multiplied as they lie in memory and the zeros beyond K add nothing.
+// (Signed nibbles u = c - 8 would need a flip of every top bit, and the zeros would count as 8 * 8.)
+//
+// Hopper has no such tensor cores (they are emulated there at a few percent of the int8 rate), and fp4 and wider activations do not fit:
+// nibbles are widened to int8, in registers for few rows and on wgmma (gemm_int4_wgmma.cu), else once per tile on their way to shared
+// memory.
 #include "common/gemm_skinny.cuh"
 #include "common/gemm_tile.cuh"
 #include "common/wgmma_products.h"
@@ -23,6 +29,22 @@ bool gemm_int4_skinny(const char* op, const Operand& a, const Operand& w, const 
   return true;
 }
 
+void launch_native(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const Output& output, int64_t k,
+                   cudaStream_t stream) {
+  const IntegerEpilogue epilogue = integer_epilogue(a, w, affine(a.grid, Layout::kCodes), affine(w.grid, Layout::kCodes), output, k);
+  auto packed_rows = [&](const char* name, const Operand& operand, int64_t rows) {
+    check_aligned(op, name, operand.data);
+    return plain_rows(operand.data, rows, packed_row_bytes(k));
+  };
+  const ByteRows w_rows = packed_rows("w", w, output.n);
+  const Steps steps = steps_of(packed_row_bytes(k));
+  if (a.layout == Layout::kPacked) {
+    launch_tile<MmaNibbles, ByteLoader, ByteLoader>(op, tile, packed_rows("a", a, output.m), w_rows, steps, epilogue, stream);
+  } else {
+    launch_tile<MmaNibbles, NarrowingLoader, ByteLoader>(op, tile, plain_rows(a.data, output.m, k), w_rows, steps, epilogue, stream);
+  }
+}
+
 }  // namespace
 
 void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
@@ -38,6 +60,7 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
   if (gemm_int4_wgmma(op, a, w, output, k, device, stream)) return;
   const bool looks_up = is_fp4(a) || is_fp4(w);
   const GemmTile tile = plan_mma_sync(GemmFamily::kInt4, m, n, k, device.compute_capability, device.sm_count);
+  if (plan_native_int4(a.layout, a.grid, w.grid, device.compute_capability)) return launch_native(op, tile, a, w, output, k, stream);
   const NibbleRows w_rows = nibble_rows(op, "w", w, n, k, looks_up);
   const bool packed = a.layout == Layout::kPacked;
   const IntegerEpilogue epilogue =

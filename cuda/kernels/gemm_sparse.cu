@@ -1,5 +1,9 @@
 // gemm_sparse: the product with a 4:8 sparse packed weight. Its kept codes are expanded to dense int8 rows, 0 where pruned, on their way to
 // shared memory: half the bytes of the dense weight are read, the tensor cores work as for a dense one.
+//
+// The sparse 4-bit tensor cores of compute capability 8.x keep 2 of 4 pairs as this format does, but take the kept integers as nibbles. The
+// values of int4 (odd, up to 15) are none, and codes would need, for every element of y, the sum of those codes of a whose weights are
+// kept.
 #include "common/gemm_tile.cuh"
 #include "quest/cuda/gemm.h"
 

@@ -40,4 +40,8 @@ GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32
 // Whether the kernel for at most 16 rows takes this: bytes of a (for 1-bit products: k / 8 of them) that fit in shared memory.
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
 
+// Whether gemm_int4, for more rows, multiplies codes as they are, two a byte, on tensor cores for 4-bit integers. Later GPUs than 8.9 only
+// emulate those, several times slower than they multiply int8.
+bool plan_native_int4(Layout a_layout, Grid a, Grid w, int32_t compute_capability);
+
 }  // namespace quest
