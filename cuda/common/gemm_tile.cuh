@@ -117,10 +117,10 @@ class NarrowingLoader {
     const int64_t byte = static_cast<int64_t>(k_tile) * (2 * kTileRowBytes) + column() * 16;
     if (source_.vectorized) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) fetched_[i] = source_.load_stored(0, first_row_ + row(i), byte);
+      for (int i = 0; i < kLoads; ++i) fetched_[i] = source_.load(0, first_row_ + row(i), byte);
     } else {
 #pragma unroll 1
-      for (int i = 0; i < kLoads; ++i) store(target, i, source_.load_stored(0, first_row_ + row(i), byte));
+      for (int i = 0; i < kLoads; ++i) store(target, i, source_.load(0, first_row_ + row(i), byte));
     }
   }
   __device__ __forceinline__ void commit(uint8_t* target) {
