@@ -35,18 +35,16 @@ struct SkinnyRows {
   uint32_t flip;  // of bytes: 0x80808080 makes c - 128 of 8-bit codes
   uint4 table;    // of nibbles that are looked up
 
-  __device__ __forceinline__ bool contains(int64_t row, int64_t byte) const { return row < rows && byte < row_bytes; }
-  __device__ __forceinline__ const uint8_t* address(int64_t row, int64_t byte) const { return data + row * row_bytes + byte; }
   __device__ __forceinline__ uint4 load(int64_t row, int64_t byte) const {
-    return contains(row, byte) ? load_once_16(address(row, byte)) : make_uint4(0, 0, 0, 0);
+    if (row >= rows || byte >= row_bytes) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4*>(data + row * row_bytes + byte);
   }
 };
 
 // What a lane loads of a weight row, 32 columns, and the words that quarter `p` of it becomes (beyond the row: anything, a is 0 there).
-// kOrders: not in the order of the columns; `order` makes it of 16 columns of a.
+// order: 16 columns of a, to the same order.
 struct SkinnyBytes {
   static constexpr int kDepth = 2;  // slices that a warp has on their way
-  static constexpr bool kOrders = false;
   uint4 loaded[2];
   __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) {
     loaded[0] = source.load(row, column);
@@ -56,12 +54,12 @@ struct SkinnyBytes {
     const uint4& half = loaded[p / 2];
     return p % 2 == 0 ? make_uint2(half.x ^ source.flip, half.y ^ source.flip) : make_uint2(half.z ^ source.flip, half.w ^ source.flip);
   }
+  static __device__ __forceinline__ uint4 order(uint4 columns) { return columns; }
 };
 
 // Codes: the even ones of 8 and the odd ones.
 struct SkinnyNibbles {
   static constexpr int kDepth = 4;
-  static constexpr bool kOrders = true;
   uint4 loaded;
   __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) { loaded = source.load(row, column / 2); }
   __device__ __forceinline__ uint32_t quarter(int p) const { return p == 0 ? loaded.x : p == 1 ? loaded.y : p == 2 ? loaded.z : loaded.w; }
@@ -76,10 +74,10 @@ struct SkinnyNibbles {
 
 // Values by table.
 struct SkinnyTable : SkinnyNibbles {
-  static constexpr bool kOrders = false;
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int p) const {
     return make_uint2(look_up_nibbles(source.table, quarter(p)), look_up_nibbles(source.table, quarter(p) >> 16));
   }
+  static __device__ __forceinline__ uint4 order(uint4 columns) { return columns; }
 };
 
 // Where piece `half` (16 columns) of lane t's 32 lies in a row of a slice: swapped in odd rows, so that eight lanes read 32 banks.
@@ -118,30 +116,24 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
     if (first_slice + d < last_slice) load(weight[d], first_tile, first_slice + d);
   }
 
-  // All of a, zeros beyond its rows and columns; past the L1 cache, whose lines the weights on their way need. Each block begins elsewhere:
-  // all of them read it, and one part of the L2 cache would have to serve all at once.
-  constexpr int kPieces = kSliceColumns / 16;
-  const int offset = static_cast<int>(blockIdx.x) % slices;
-  auto for_each_piece = [&](auto body) {  // of this thread
-    for (int i = threadIdx.x; i < slices * kRows * kPieces; i += kSkinnyThreads) {
-      const int piece = i % kPieces, row = i / kPieces % kRows;
-      int slice = i / (kPieces * kRows) + offset;
-      if (slice >= slices) slice -= slices;
-      body(a_rows + (slice * kRows + row) * kSliceColumns + piece_offset(row, piece / 2, piece % 2), row,
-           slice * kSliceColumns + piece * 16);
+  // All of a, zeros beyond its rows and columns.
+  constexpr int kPieces = kSliceColumns / 16, kBatch = 4;  // loads of a thread that are on their way together
+  const int pieces = slices * kRows * kPieces;
+  for (int first = threadIdx.x; first < pieces; first += kBatch * kSkinnyThreads) {
+    uint4 loaded[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = first + b * kSkinnyThreads, row = i / kPieces % kRows, slice = i / (kPieces * kRows);
+      loaded[b] = a_source.load(row, static_cast<int64_t>(slice) * kSliceColumns + i % kPieces * 16);
     }
-  };
-  for_each_piece([&](uint8_t* target, int row, int column) {
-    const bool exists = a_source.contains(row, column);
-    cp_async_16(target, exists ? a_source.address(row, column) : a_source.data, exists);
-  });
-  cp_async_commit();
-  cp_async_wait<0>();
-  if constexpr (W::kOrders) {
-    for_each_piece([&](uint8_t* target, int, int) {
-      uint4& piece = *reinterpret_cast<uint4*>(target);
-      piece = W::order(piece);
-    });
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = first + b * kSkinnyThreads, piece = i % kPieces, row = i / kPieces % kRows, slice = i / (kPieces * kRows);
+      if (i < pieces) {
+        *reinterpret_cast<uint4*>(a_rows + (slice * kRows + row) * kSliceColumns + piece_offset(row, piece / 2, piece % 2)) =
+            W::order(loaded[b]);
+      }
+    }
   }
   __syncthreads();
 

@@ -153,9 +153,8 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
   int n_tile = static_cast<int>(first_tile / problem.tiles_m), m_tile = static_cast<int>(first_tile - int64_t{n_tile} * problem.tiles_m);
   int stage = 0;
   uint32_t parity = 0;
-  auto skip_stages = [&](int some) {
-    stage += some;
-    while (stage >= stages) stage -= stages, parity ^= 1;
+  auto next_stage = [&] {
+    if (++stage == stages) stage = 0, parity ^= 1;
   };
 
   if (threadIdx.x < kWarpgroup) {
@@ -174,7 +173,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
           barrier_wait(&empty[stage], parity ^ 1);
           barrier_expect(&full[stage], Tile::STAGE_BYTES);
           tensor_load<false>(a_tile(stage), &a_map, &full[stage], chunk * Tile::ROW_BYTES, m_tile * Tile::BLOCK_M, 0, 0);
-          skip_stages(1);
+          next_stage();
         }
         fresh = ++m_tile == problem.tiles_m;
         if (fresh) m_tile = 0, ++n_tile, w_parity ^= 1;
@@ -183,12 +182,16 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
     __syncwarp();
   } else {
     registers_grow<Tile::MULTIPLIER_REGISTERS>();
-    const int group = threadIdx.x / kWarpgroup - 1;
+    const int group = warpgroup_index() - 1;
     const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32;
     const IntegerEpilogue& epilogue = problem.epilogue;
     const Output& y = epilogue.output;
     typename Tile::Columns& columns = column_factors[group];
     uint32_t w_parity = 0;
+    auto skip_tile = [&] {  // of the other warpgroup
+      stage += chunks;
+      while (stage >= stages) stage -= stages, parity ^= 1;
+    };
     // Gives the rows of w back and goes on to the next, whether or not this warpgroup has used them: the copier counts on both.
     auto next_columns = [&] {
       m_tile -= problem.tiles_m, ++n_tile;
@@ -208,7 +211,8 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
 
     int32_t accumulators[Tile::BLOCK_N / 2];
     bool first = true;
-    if (group != 0) advance(1), skip_stages(chunks), first = false;
+    if (group != 0) advance(1), skip_tile(), first = false;
+    const uint64_t a_descriptors = swizzled_tile(a_tile(0)), w_descriptors = swizzled_tile(w_tile(0));
     for (; tiles_left > 0; first = false) {
       const int first_row = m_tile * Tile::BLOCK_M + thread / 32 * 16 + lane / 4, first_n = n_tile * Tile::BLOCK_N;
       float row_scale[2];
@@ -229,15 +233,16 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
           columns.bias[r] = exists && y.bias != nullptr ? y.bias[n] : 0.0f;
         }
         named_barrier(group_barrier(group), kWarpgroup);
+        for (int chunk = 0; chunk < chunks; ++chunk) barrier_wait(&w_full[chunk], w_parity);
         fresh = false;
       }
 
       if (!first) named_barrier(turn_barrier(group), kMultipliers * kWarpgroup);  // the other has started its last products
       int previous = 0;
       for (int chunk = 0; chunk < chunks; ++chunk) {
-        barrier_wait(&w_full[chunk], w_parity);
         barrier_wait(&full[stage], parity);
-        const uint64_t a_descriptor = swizzled_tile(a_tile(stage)), w_descriptor = swizzled_tile(w_tile(chunk));
+        const uint64_t a_descriptor = a_descriptors + static_cast<uint32_t>(stage * (Tile::STAGE_BYTES >> 4));
+        const uint64_t w_descriptor = w_descriptors + static_cast<uint32_t>(chunk * (Tile::CHUNK_BYTES >> 4));
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < Tile::INSTRUCTIONS; ++j) Mma::mma(accumulators, a_descriptor + 2 * j, w_descriptor + 2 * j, (chunk | j) != 0);
@@ -248,11 +253,11 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
           if (lane == 0) barrier_arrive(&empty[previous]);
         }
         previous = stage;
-        skip_stages(1);
+        next_stage();
       }
       const RowFactors rows[2] = {{row_scale[0], epilogue.a.of_codes(row_sum[0]) + epilogue.constant},
                                   {row_scale[1], epilogue.a.of_codes(row_sum[1]) + epilogue.constant}};
-      skip_stages(chunks);  // the other warpgroup's tile
+      skip_tile();
       wgmma_wait<0>();
       wgmma_owned(accumulators);
       if (lane == 0) barrier_arrive(&empty[previous]);

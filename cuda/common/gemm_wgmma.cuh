@@ -157,7 +157,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
   uint64_t* const full = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
   uint64_t* const empty = full + STAGES;
 
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int warpgroup = warpgroup_index();
   constexpr bool kCluster = CLUSTER > 1 || Tile::SPLIT;
   const int cluster_blocks = Tile::SPLIT ? problem.split : CLUSTER;
   const int rank = kCluster ? static_cast<int>(cluster_rank()) : 0;

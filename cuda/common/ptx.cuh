@@ -34,15 +34,6 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
-// 16 bytes that are read once: they take no line of the L1 cache.
-__device__ __forceinline__ uint4 load_once_16(const void* global) {
-  uint4 value;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "l"(global));
-  return value;
-}
-
 // Copies 16 bytes from global to shared memory without registers; writes zeros when not `valid` (then `global` is not read).
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;

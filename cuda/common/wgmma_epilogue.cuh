@@ -21,6 +21,10 @@ inline constexpr int kWarpgroupColumns = 64;
 inline constexpr int kStoreRowBytes = 2 * kWarpgroupColumns;
 inline constexpr int kStoreRows = 64;
 
+// Of this thread in its block: the same in all lanes, and the compiler is to know, so that what follows from it (descriptors of operands
+// above all) is reckoned once a warp and needs no vector registers.
+__device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpgroup, 0); }
+
 // ---- named barriers: of both warpgroups, of one, of the pieces of y, and of whose turn it is
 
 inline constexpr int kBothBarrier = 1, kPieceBarriers = 4;
