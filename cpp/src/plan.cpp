@@ -24,8 +24,6 @@ struct TileRow {
 };
 
 constexpr TileRow kSkinny = {16, 16, "skinny", "at most 16 rows: bound by the bytes of w, which are read once; a stays in shared memory"};
-constexpr TileRow kSkinnyFloats = {16, 32, "skinny",
-                                   "at most 16 rows: bound by the bytes of w, which are read once; the 8 warps of a block share K"};
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
@@ -142,24 +140,24 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
   return time_128 < time_256 ? tile(kWgmma128, 1, 1) : tile(kWgmma256, pair, 1);
 }
 
-bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability) {
-  if (m > kSkinny.block_m || k == 0 || (family != GemmFamily::kInt8 && family != GemmFamily::kInt4)) return false;
-  const int64_t rows = m <= 8 ? 8 : 16, columns = (k + 127) / 128 * 128;
-  return rows * columns <= skinny_room(compute_capability);
+int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability) {
+  const bool floats = family == GemmFamily::kWeightOnly;
+  if (k == 0 || (family != GemmFamily::kInt8 && family != GemmFamily::kInt4 && !floats)) return 0;
+  const int64_t bytes = floats ? (2 * k + 1023) / 1024 * 1024 : (k + 127) / 128 * 128;  // of a row, in slices of at most 1024
+  const int64_t room = skinny_room(compute_capability);
+  return 16 * bytes <= room ? 16 : 8 * bytes <= room ? 8 : 0;
 }
 
-bool plan_native_int4(Layout a_layout, Grid a, Grid w, int32_t compute_capability) {
-  // An fp4 code is no affine map of its value; values need more than 4 bits (int4: odd numbers up to 15).
-  auto is_nibble = [](Grid grid) { return grid.bits <= 4 && has_values(grid) && grid.kind != GridKind::kFp4; };
-  return compute_capability / 10 == 8 && (a_layout == Layout::kPacked || a_layout == Layout::kCodes) && is_nibble(a) && is_nibble(w);
+bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability) {
+  const int32_t rows = plan_skinny_rows(family, k, compute_capability);
+  // Real activations of 9 to 16 rows that do not fit together are taken 8 at a time: no other kernel reads the weight less often.
+  return m <= (family == GemmFamily::kWeightOnly && rows > 0 ? kSkinny.block_m : rows);
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
   if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
-  const bool floats = m <= kSkinnyFloats.block_m && family == GemmFamily::kWeightOnly;
-  const TileRow& row = floats ? kSkinnyFloats : tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
-  // The skinny kernels take slices of 128 columns, the others 64 bytes of a row.
-  return {row.kernel, false, row.block_m, row.block_n, floats ? 128 : elements_of_64_bytes(family), 1, 1, row.reason};
+  const TileRow& row = tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
+  return {row.kernel, false, row.block_m, row.block_n, elements_of_64_bytes(family), 1, 1, row.reason};
 }
 
 }  // namespace quest

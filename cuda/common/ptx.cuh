@@ -111,6 +111,13 @@ struct MmaBits {  // 256 bits: counts the positions where both are set. (xor wou
 
 struct MmaBFloat16 {  // 16 bfloat16
   using Accumulator = float;
+  // Pairs: 1, and 128, whose lowest 7 bits may be a number to add.
+  static constexpr uint32_t kOne = 0x3F803F80u, kShift = 0x43004300u, kMinusShift = 0xC300C300u, kExponentStep = 0x00800080u;
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+  }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -121,6 +128,13 @@ struct MmaBFloat16 {  // 16 bfloat16
 
 struct MmaFloat16 {  // 16 float16
   using Accumulator = float;
+  // Pairs: 1, and 1024, whose lowest 10 bits may be a number to add.
+  static constexpr uint32_t kOne = 0x3C003C00u, kShift = 0x64006400u, kMinusShift = 0xE400E400u, kExponentStep = 0x04000400u;
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+  }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_float16(low, high); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -568,6 +568,18 @@ TEST_F(GemmWeightOnly, EveryShape) {
     }
   }
   check_weight_only(random, {GridKind::kInt, 2}, Layout::kPlanes, DType::kBFloat16, 3, 32, 32768);
+  // Rows of x that fit in shared memory 16 at once, 8 at once, and not; several tiles a team.
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t m : {1, 8, 9, 16}) {
+      for (const int64_t k : {1000, 4096, 11008}) {
+        check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, dtype, m, 5000, k);
+        check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 72, k);
+        check_weight_only(random, {GridKind::kInt, 3}, Layout::kPlanes, dtype, m, 72, k);
+        check_weight_only(random, {GridKind::kGauss, 4}, Layout::kPacked, dtype, m, 72, k);
+        check_weight_only(random, {GridKind::kInt, 8}, Layout::kCodes, dtype, m, 72, k);
+      }
+    }
+  }
   check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, DType::kFloat32, 3, 32, 0);
   check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, DType::kBFloat16, 30, 32, 0);
 }
