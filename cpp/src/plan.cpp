@@ -160,4 +160,10 @@ GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32
   return {row.kernel, false, row.block_m, row.block_n, elements_of_64_bytes(family), 1, 1, row.reason};
 }
 
+bool plan_native_int4(Layout a_layout, Grid a, Grid w, int32_t compute_capability) {
+  // An fp4 code is no affine map of its value; values need more than 4 bits (int4: odd numbers up to 15).
+  auto is_nibble = [](Grid grid) { return grid.bits <= 4 && has_values(grid) && grid.kind != GridKind::kFp4; };
+  return compute_capability / 10 == 8 && (a_layout == Layout::kPacked || a_layout == Layout::kCodes) && is_nibble(a) && is_nibble(w);
+}
+
 }  // namespace quest

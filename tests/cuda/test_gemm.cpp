@@ -572,7 +572,7 @@ TEST_F(GemmWeightOnly, EveryShape) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (const int64_t m : {1, 8, 9, 16}) {
       for (const int64_t k : {1000, 4096, 11008}) {
-        check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, dtype, m, 5000, k);
+        check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, dtype, m, k == 1000 ? 5000 : 72, k);
         check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 72, k);
         check_weight_only(random, {GridKind::kInt, 3}, Layout::kPlanes, dtype, m, 72, k);
         check_weight_only(random, {GridKind::kGauss, 4}, Layout::kPacked, dtype, m, 72, k);
