@@ -745,7 +745,7 @@ def run_case(
     case: str,
     device: str,
     quick: bool,
-    pattern: str,
+    patterns: list[str],
     peaks: Mapping[str, float],
     common: Mapping[str, object],
     out: Path,
@@ -759,7 +759,7 @@ def run_case(
         writer = csv.DictWriter(file, COLUMNS[device], extrasaction="ignore")
         writer.writeheader()
         for shape in CASES[case](device, quick):
-            if not fnmatch.fnmatch(shape.name, pattern):
+            if not any(fnmatch.fnmatch(shape.name, pattern) for pattern in patterns):
                 continue
             known = set(notes)
             problem = shape.build()
@@ -796,7 +796,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where CASE.csv is written (default: bench/results/GPU, or .../cpu)")
     parser.add_argument("--peaks", type=Path, help="bench_peaks or its CSV (default: build/dev/bench_peaks)")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds: does everything run?")
-    parser.add_argument("--shape", default="*", help="only shapes that match, for example '16384x*'")
+    parser.add_argument("--shape", nargs="+", default=["*"], help="only shapes that match one, for example '16384x*'")
     parser.add_argument("--commit", help="for the stamp, where the tree is no git checkout")
     options = parser.parse_args(arguments)
     unknown = [case for case in options.case if case not in CASES]

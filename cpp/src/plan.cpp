@@ -24,8 +24,6 @@ struct TileRow {
 };
 
 constexpr TileRow kSkinny = {16, 16, "skinny", "at most 16 rows: bound by the bytes of w, which are read once; a stays in shared memory"};
-constexpr TileRow kSkinnyFloats = {16, 32, "skinny",
-                                   "at most 16 rows: bound by the bytes of w, which are read once; the 8 warps of a block share K"};
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
@@ -61,29 +59,6 @@ int32_t elements_of_64_bytes(GemmFamily family) {
 int64_t waves(int64_t tiles, int64_t at_once) { return (tiles + at_once - 1) / at_once; }
 
 GemmTile skinny_tile() { return {kSkinny.kernel, false, kSkinny.block_m, kSkinny.block_n, 128, 1, 1, kSkinny.reason}; }
-
-GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
-  const int32_t block_k = 2 * elements_of_64_bytes(family);
-  constexpr int32_t pair = 2;  // blocks that copy half of their a each
-  auto tile = [&](const TileRow& row, int32_t cluster, int32_t split) {
-    return GemmTile{row.kernel, true, row.block_m, row.block_n, block_k, cluster, split, row.reason};
-  };
-  if (m <= kSkinny.block_m && plan_skinny(family, m, k, 90)) return skinny_tile();
-  const bool few_tiles = m <= 2 * kWgmma64.block_m && 2 * tiles(kWgmma128, m, n) <= sm_count;
-  if (m <= kWgmma64.block_m || few_tiles) {
-    const TileRow& row = m <= kWgmma16.block_m ? kWgmma16 : kWgmma64;
-    const int64_t stages = (k + block_k - 1) / block_k;
-    int32_t split = 1;
-    while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages && 2 * split * tiles(row, m, n) <= kSplitBlocksOfSm * sm_count) {
-      split *= 2;
-    }
-    return tile(row, 1, split);
-  }
-  const TileRow pairs = {kWgmma256.block_m, pair * kWgmma256.block_n, "", ""};
-  const double time_256 = static_cast<double>(waves(tiles(pairs, m, n), std::max(1, sm_count / pair)));
-  const double time_128 = kWgmma128Time * static_cast<double>(waves(tiles(kWgmma128, m, n), sm_count));
-  return time_128 < time_256 ? tile(kWgmma128, 1, 1) : tile(kWgmma256, pair, 1);
-}
 
 }  // namespace
 
@@ -141,23 +116,58 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
   const bool has_wgmma =
       family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes || family == GemmFamily::kSparse;
+  if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
   return compute_capability == 90 && has_wgmma ? plan_wgmma(family, m, n, k, sm_count)
                                                : plan_mma_sync(family, m, n, k, compute_capability, sm_count);
 }
 
+GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+  const int32_t block_k = 2 * elements_of_64_bytes(family);
+  constexpr int32_t pair = 2;  // blocks that copy half of their a each
+  auto tile = [&](const TileRow& row, int32_t cluster, int32_t split) {
+    return GemmTile{row.kernel, true, row.block_m, row.block_n, block_k, cluster, split, row.reason};
+  };
+  const bool few_tiles = m <= 2 * kWgmma64.block_m && 2 * tiles(kWgmma128, m, n) <= sm_count;
+  if (m <= kWgmma64.block_m || few_tiles) {
+    const TileRow& row = m <= kWgmma16.block_m ? kWgmma16 : kWgmma64;
+    const int64_t stages = (k + block_k - 1) / block_k;
+    int32_t split = 1;
+    while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages && 2 * split * tiles(row, m, n) <= kSplitBlocksOfSm * sm_count) {
+      split *= 2;
+    }
+    return tile(row, 1, split);
+  }
+  const TileRow pairs = {kWgmma256.block_m, pair * kWgmma256.block_n, "", ""};
+  const double time_256 = static_cast<double>(waves(tiles(pairs, m, n), std::max(1, sm_count / pair)));
+  const double time_128 = kWgmma128Time * static_cast<double>(waves(tiles(kWgmma128, m, n), sm_count));
+  return time_128 < time_256 ? tile(kWgmma128, 1, 1) : tile(kWgmma256, pair, 1);
+}
+
+int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability) {
+  const bool floats = family == GemmFamily::kWeightOnly;
+  if (k == 0 || (family != GemmFamily::kInt8 && family != GemmFamily::kInt4 && !floats)) return 0;
+  const int64_t bytes = floats ? (2 * k + 1023) / 1024 * 1024 : (k + 127) / 128 * 128;  // of a row, in slices of at most 1024
+  const int64_t room = skinny_room(compute_capability);
+  return 16 * bytes <= room ? 16 : 8 * bytes <= room ? 8 : 0;
+}
+
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability) {
-  if (m > kSkinny.block_m || (family != GemmFamily::kInt8 && family != GemmFamily::kInt4)) return false;
-  const int64_t rows = m <= 8 ? 8 : 16, columns = (k + 127) / 128 * 128;
-  return rows * columns <= skinny_room(compute_capability);
+  const int32_t rows = plan_skinny_rows(family, k, compute_capability);
+  // Real activations of 9 to 16 rows that do not fit together are taken 8 at a time: no other kernel reads the weight less often.
+  return m <= (family == GemmFamily::kWeightOnly && rows > 0 ? kSkinny.block_m : rows);
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
   if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
-  const bool floats = m <= kSkinnyFloats.block_m && family == GemmFamily::kWeightOnly;
-  const TileRow& row = floats ? kSkinnyFloats : tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
-  // The skinny kernels take slices of 128 columns, the others 64 bytes of a row.
-  return {row.kernel, false, row.block_m, row.block_n, floats ? 128 : elements_of_64_bytes(family), 1, 1, row.reason};
+  const TileRow& row = tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
+  return {row.kernel, false, row.block_m, row.block_n, elements_of_64_bytes(family), 1, 1, row.reason};
+}
+
+bool plan_native_int4(Layout a_layout, Grid a, Grid w, int32_t compute_capability) {
+  // An fp4 code is no affine map of its value; values need more than 4 bits (int4: odd numbers up to 15).
+  auto is_nibble = [](Grid grid) { return grid.bits <= 4 && has_values(grid) && grid.kind != GridKind::kFp4; };
+  return compute_capability / 10 == 8 && (a_layout == Layout::kPacked || a_layout == Layout::kCodes) && is_nibble(a) && is_nibble(w);
 }
 
 }  // namespace quest

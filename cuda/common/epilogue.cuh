@@ -48,6 +48,9 @@ struct IntegerEpilogue {
   // Per row and per column parts; sums are those of the kernel where sums_values is set.
   __device__ __forceinline__ uint32_t row_part(int64_t row, int32_t value_sum) const { return a.row(row, value_sum) + constant; }
   __device__ __forceinline__ uint32_t column_part(int64_t column, int32_t value_sum) const { return w.row(column, value_sum); }
+  // The column part in two steps: what is loaded, and what it becomes.
+  __device__ __forceinline__ int32_t load_column(int64_t column) const { return w.load(column); }
+  __device__ __forceinline__ uint32_t column_of(int32_t loaded) const { return w.of_codes(loaded); }
   __device__ __forceinline__ float row_scale(int64_t row) const { return a_scale[row]; }
   __device__ __forceinline__ float column_scale(int64_t column) const { return w_scale[column]; }
   __device__ __forceinline__ float product(int32_t accumulator, uint32_t row_part, uint32_t column_part) const {
@@ -63,6 +66,8 @@ struct RealEpilogue {
 
   __device__ __forceinline__ uint32_t row_part(int64_t, int32_t) const { return 0; }
   __device__ __forceinline__ uint32_t column_part(int64_t, int32_t) const { return 0; }
+  __device__ __forceinline__ int32_t load_column(int64_t) const { return 0; }
+  __device__ __forceinline__ uint32_t column_of(int32_t) const { return 0; }
   __device__ __forceinline__ float row_scale(int64_t) const { return 1.0f; }
   __device__ __forceinline__ float column_scale(int64_t column) const { return w_scale[column]; }
   __device__ __forceinline__ float product(float accumulator, uint32_t, uint32_t) const { return accumulator; }

@@ -1,16 +1,17 @@
 // The tiled product of all families: y[BLOCK_M, BLOCK_N] per thread block on mma.sync, for Ampere and everything later.
 //
-// A step of the main loop takes 64 bytes of every row of both tiles (64 int8, 512 bits or 32 16-bit floats): all element types have the
-// same fragments (ptx.cuh), so one loop serves them and only the instruction differs. Tiles lie in shared memory in 64-byte rows whose four
-// 16-byte pieces are permuted by the row number, so that ldmatrix and the writers touch every bank once. A pipeline of 4 stages hides
-// memory: loaders either copy asynchronously into the stage 3 steps ahead, or fetch into registers, and widen and store after this step's
-// products.
+// A step of the main loop takes 64 bytes of every row of both tiles (64 int8, 128 nibbles, 512 bits or 32 16-bit floats): all element types
+// have the same fragments (ptx.cuh), so one loop serves them and only the instruction differs. Tiles lie in shared memory in 64-byte rows
+// whose four 16-byte pieces are permuted by the row number, so that ldmatrix and the writers touch every bank once. A pipeline of 4 stages
+// hides memory: loaders either copy asynchronously into the stage 3 steps ahead, or fetch into registers, and widen or narrow and store
+// after this step's products.
 //
 // Bit planes: the steps run over all plane pairs (i, j) by falling i + j, and the accumulators double whenever i + j falls (Horner's rule
 // for sum 2^(i+j) P_ij), so one set of accumulators is enough.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/epilogue.cuh"
 #include "common/ptx.cuh"
@@ -105,6 +106,44 @@ class NibbleLoader {
   uint4 fetched_[kLoads];
 };
 
+// Codes of at most 4 bits, stored one a byte, to rows of nibbles.
+template <int ROWS>
+class NarrowingLoader {
+ public:
+  using Source = ByteRows;
+  __device__ __forceinline__ NarrowingLoader(const ByteRows& source, int64_t first_row) : source_(source), first_row_(first_row) {}
+
+  __device__ __forceinline__ void fetch(int, int k_tile, uint8_t* target) {
+    const int64_t byte = static_cast<int64_t>(k_tile) * (2 * kTileRowBytes) + column() * 16;
+    if (source_.vectorized) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) fetched_[i] = source_.load(0, first_row_ + row(i), byte);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kLoads; ++i) store(target, i, source_.load(0, first_row_ + row(i), byte));
+    }
+  }
+  __device__ __forceinline__ void commit(uint8_t* target) {
+    if (!source_.vectorized) return;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) store(target, i, fetched_[i]);
+  }
+
+ private:
+  // 8 threads a row: 16 bytes each, which become 8.
+  static constexpr int kLoads = ROWS * 8 / kTileThreads;
+  static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % 8; }
+  static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) / 8 + i * (kTileThreads / 8); }
+  static __device__ __forceinline__ void store(uint8_t* target, int i, uint4 codes) {
+    *reinterpret_cast<uint2*>(target + tile_offset(row(i), column() / 2) + column() % 2 * 8) =
+        make_uint2(codes_to_nibbles(make_uint2(codes.x, codes.y)), codes_to_nibbles(make_uint2(codes.z, codes.w)));
+  }
+
+  const ByteRows& source_;
+  int64_t first_row_;
+  uint4 fetched_[kLoads];
+};
+
 // Sum of the 64 int8 of a tile row.
 __device__ __forceinline__ int32_t sum_of_tile_row(const uint8_t* tile) {
   int32_t sum = 0;
@@ -180,6 +219,12 @@ template <typename Mma, typename Tile, typename LoadA, typename LoadW, typename 
 __global__ __launch_bounds__(kTileThreads) void gemm_tile_kernel(const __grid_constant__ typename LoadA::Source a_source,
                                                                  const __grid_constant__ typename LoadW::Source w_source, const Steps steps,
                                                                  const __grid_constant__ Epilogue epilogue) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (std::is_same_v<Mma, MmaNibbles>) {  // never launched on these GPUs: no code for the emulated instruction
+    __trap();
+    return;
+  }
+#endif
   using Accumulator = typename Mma::Accumulator;
   constexpr int kMmasM = Tile::WARP_M / 16, kMmasN = Tile::WARP_N / 8;
 
@@ -297,13 +342,6 @@ void launch_tile(const char* op, const GemmTile& tile, const SourceA& a, const S
     run(SmallTile{});
   }
 }
-
-// A loader as an argument.
-template <template <int> class Loader_>
-struct LoadWith {
-  template <int ROWS>
-  using Loader = Loader_<ROWS>;
-};
 
 inline Steps steps_of(int64_t row_bytes, int32_t a_planes = 1, int32_t w_planes = 1) {
   return {static_cast<int>((row_bytes + kTileRowBytes - 1) / kTileRowBytes), a_planes, w_planes};

@@ -203,7 +203,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
   uint64_t* const full = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
   uint64_t* const empty = full + STAGES;
 
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int warpgroup = warpgroup_index();
   constexpr bool kCluster = CLUSTER > 1 || Tile::SPLIT;
   const int cluster_blocks = Tile::SPLIT ? problem.split : CLUSTER;
   const int rank = kCluster ? static_cast<int>(cluster_rank()) : 0;
@@ -405,13 +405,13 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   constexpr CUtensorMapSwizzle w_swizzle = kRowBytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                            : kRowBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                              : CU_TENSOR_MAP_SWIZZLE_32B;
-  const CUtensorMap a_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
+  const CUtensorMap a_map = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
                                        {kStageRowBytes, static_cast<uint32_t>(Tile::BLOCK_M / Tile::CLUSTER), CU_TENSOR_MAP_SWIZZLE_128B});
-  const CUtensorMap w_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
+  const CUtensorMap w_map = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
                                        {static_cast<uint32_t>(kRowBytes), kWgmmaN, w_swizzle});
   CUtensorMap index_map = w_map;  // of no use to a dense weight
   if constexpr (Tile::Fragments::kIndexBytes > 0) {
-    index_map = tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, w.index, index_row_bytes(k), n, 1, index_row_bytes(k),
+    index_map = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.index, index_row_bytes(k), n, 1, index_row_bytes(k),
                            {Tile::Fragments::kIndexBytes, kWgmmaN, CU_TENSOR_MAP_SWIZZLE_NONE});
   }
   const CUtensorMap y_map = output_map(op, problem.output, Tile::Piece::ROWS);

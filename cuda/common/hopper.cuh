@@ -115,6 +115,14 @@ __device__ __forceinline__ void tensor_load(void* target, const CUtensorMap* map
   }
 }
 
+// The same of a tensor of five dimensions, to this block.
+__device__ __forceinline__ void tensor_load_5d(void* target, const CUtensorMap* map, uint64_t* barrier, const int (&at)[5]) {
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
+                   shared_address(target)),
+               "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
+               : "memory");
+}
+
 // Shared memory to the box at (column, row); what lies outside the tensor is left out.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, const void* source, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(shared_address(source)),
@@ -137,14 +145,6 @@ __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.
 // matrix, the elements of column l / 4 in rows 2 (l % 4) and 2 (l % 4) + 1.
 __device__ __forceinline__ void stmatrix_x4_transposed(void* shared, const uint32_t (&words)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(words[0]),
-               "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
-}
-
-// The same without transposing: lane l gives the address of row l % 8 of matrix l / 8 and holds the elements of row l / 4 in columns 2 (l %
-// 4) and 2 (l % 4) + 1.
-__device__ __forceinline__ void stmatrix_x4(void* shared, const uint32_t (&words)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }

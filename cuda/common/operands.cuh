@@ -36,35 +36,30 @@ struct ByteRows {
   }
   __device__ __forceinline__ bool contains(int64_t row, int64_t byte) const { return row < rows && byte < row_bytes; }
 
-  // 16 bytes as stored; zeros beyond the row.
-  __device__ __forceinline__ uint4 load_stored(int plane, int64_t row, int64_t byte) const {
-    if (!contains(row, byte)) return make_uint4(0, 0, 0, 0);
-    const uint8_t* source = address(plane, row, byte);
-    if (vectorized) return *reinterpret_cast<const uint4*>(source);
-    uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      if (byte + i < row_bytes) words[i / 4] |= static_cast<uint32_t>(source[i]) << (8 * (i % 4));
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-  }
-
-  // 16 integers; zeros beyond the row.
   __device__ uint4 load(int plane, int64_t row, int64_t byte) const {
-    const uint4 stored = load_stored(plane, row, byte);
-    if (!converts || !contains(row, byte)) return stored;
-    uint32_t words[4] = {stored.x, stored.y, stored.z, stored.w};
+    uint32_t words[4] = {0, 0, 0, 0};
+    if (contains(row, byte)) {
+      const uint8_t* source = address(plane, row, byte);
+      if (vectorized) {
+        const uint4 loaded = *reinterpret_cast<const uint4*>(source);
+        words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+      } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t left = row_bytes - byte - 4 * i;
-      const uint32_t exists = left >= 4 ? 0xFFFFFFFFu : left <= 0 ? 0u : 0xFFFFFFFFu >> (8 * (4 - left));
-      words[i] = convert(words[i]) & exists;
+        for (int i = 0; i < 16; ++i) {
+          if (byte + i < row_bytes) words[i / 4] |= static_cast<uint32_t>(source[i]) << (8 * (i % 4));
+        }
+      }
+      if (converts) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t left = row_bytes - byte - 4 * i;
+          const uint32_t exists = left >= 4 ? 0xFFFFFFFFu : left <= 0 ? 0u : 0xFFFFFFFFu >> (8 * (4 - left));
+          words[i] = convert(words[i]) & exists;
+        }
+      }
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
-
-  // 4 stored bytes to integers.
-  __device__ __forceinline__ uint32_t widen(uint32_t stored) const { return converts ? convert(stored) : stored; }
 
  private:
   __device__ __forceinline__ uint32_t convert(uint32_t codes) const {

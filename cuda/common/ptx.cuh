@@ -85,13 +85,22 @@ __device__ __forceinline__ void dependents_may_launch() {
 #endif
 }
 
-// ---- d[16, 8] += a[16, K] b[8, K]^T for rows of 32 bytes, whatever their elements. All four kinds have the same fragments: with g = lane
+// ---- d[16, 8] += a[16, K] b[8, K]^T for rows of 32 bytes, whatever their elements. All kinds have the same fragments: with g = lane
 // / 4 and t = lane % 4, a holds bytes 4t ... of row g, of row g + 8, and the same at byte 16 on; b bytes 4t ... and 16 + 4t ... of row g;
 // d columns 2t, 2t + 1 of row g, then of row g + 8.
 struct MmaInt8 {  // 32 int8
   using Accumulator = int32_t;
   static __device__ __forceinline__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+struct MmaNibbles {  // 64 unsigned nibbles; emulated from compute capability 9.0 on (plan.h: plan_native_int4)
+  using Accumulator = int32_t;
+  static __device__ __forceinline__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k64.row.col.s32.u4.u4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -108,6 +117,13 @@ struct MmaBits {  // 256 bits: counts the positions where both are set. (xor wou
 
 struct MmaBFloat16 {  // 16 bfloat16
   using Accumulator = float;
+  // Pairs: 1, and 128, whose lowest 7 bits may be a number to add.
+  static constexpr uint32_t kOne = 0x3F803F80u, kShift = 0x43004300u, kMinusShift = 0xC300C300u, kExponentStep = 0x00800080u;
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+  }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -118,6 +134,13 @@ struct MmaBFloat16 {  // 16 bfloat16
 
 struct MmaFloat16 {  // 16 float16
   using Accumulator = float;
+  // Pairs: 1, and 1024, whose lowest 10 bits may be a number to add.
+  static constexpr uint32_t kOne = 0x3C003C00u, kShift = 0x64006400u, kMinusShift = 0xE400E400u, kExponentStep = 0x04000400u;
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+  }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_float16(low, high); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

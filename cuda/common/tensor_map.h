@@ -23,25 +23,44 @@ inline auto tensor_map_encoder(const char* op) {
   return encoder;
 }
 
+// A dimension of a tensor: its elements, the bytes from one to the next (of the first dimension: those of an element), and how many a box
+// has.
+struct TensorDimension {
+  int64_t size, stride;
+  uint32_t box;
+};
+
+// What a box holds beyond the tensor is zero. base and strides but the first: multiples of 16.
+template <size_t RANK>
+CUtensorMap tensor_map(const char* op, CUtensorMapDataType type, const void* base, const TensorDimension (&dimensions)[RANK],
+                       CUtensorMapSwizzle swizzle) {
+  cuuint64_t sizes[RANK], strides[RANK];
+  cuuint32_t extents[RANK], steps[RANK];
+  for (size_t i = 0; i < RANK; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(dimensions[i].size);
+    strides[i] = static_cast<cuuint64_t>(dimensions[i].stride);
+    extents[i] = dimensions[i].box;
+    steps[i] = 1;
+  }
+  CUtensorMap map;
+  const CUresult result =
+      tensor_map_encoder(op)(&map, type, RANK, const_cast<void*>(base), sizes, strides + 1, extents, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(result == CUDA_SUCCESS, op, ": the driver refused a tensor map of ", dimensions[0].size, " elements in rows of ",
+        dimensions[1].stride, " bytes (error ", static_cast<int>(result), ")");
+  return map;
+}
+
 struct Box {
   uint32_t columns, rows;
   CUtensorMapSwizzle swizzle;
 };
 
-// planes x rows x columns elements, rows `row_bytes` apart; what a box holds beyond them is zero. base and row_bytes: multiples of 16.
-inline CUtensorMap tensor_map(const char* op, CUtensorMapDataType type, int rank, const void* base, int64_t columns, int64_t rows,
+// planes x rows x columns elements of `bytes` each, rows `row_bytes` apart.
+inline CUtensorMap matrix_map(const char* op, CUtensorMapDataType type, int64_t bytes, const void* base, int64_t columns, int64_t rows,
                               int64_t planes, int64_t row_bytes, Box box) {
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(planes)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(row_bytes * rows)};
-  const cuuint32_t extents[3] = {box.columns, box.rows, 1};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = tensor_map_encoder(op)(&map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes, strides,
-                                                 extents, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, box.swizzle,
-                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check(result == CUDA_SUCCESS, op, ": the driver refused a tensor map of ", rows, " x ", columns, " elements in rows of ", row_bytes,
-        " bytes (error ", static_cast<int>(result), ")");
-  return map;
+  return tensor_map(op, type, base, {{columns, bytes, box.columns}, {rows, row_bytes, box.rows}, {planes, row_bytes * rows, 1}},
+                    box.swizzle);
 }
 
 }  // namespace quest::cuda

@@ -21,6 +21,10 @@ inline constexpr int kWarpgroupColumns = 64;
 inline constexpr int kStoreRowBytes = 2 * kWarpgroupColumns;
 inline constexpr int kStoreRows = 64;
 
+// Of this thread in its block: the same in all lanes, and the compiler is to know, so that what follows from it (descriptors of operands
+// above all) is reckoned once a warp and needs no vector registers.
+__device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpgroup, 0); }
+
 // ---- named barriers: of both warpgroups, of one, of the pieces of y, and of whose turn it is
 
 inline constexpr int kBothBarrier = 1, kPieceBarriers = 4;
@@ -207,8 +211,8 @@ inline CUtensorMap output_map(const char* op, TileOutput& output, int rows) {
   const Output& y = output.epilogue.output;
   output.tensor_store = y.vectorized && y.dtype != DType::kFloat32;
   if (!output.tensor_store) return {};
-  return tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, y.y, y.n, y.m, 1, y.n * 2,
-                    {kWarpgroupColumns, static_cast<uint32_t>(rows), CU_TENSOR_MAP_SWIZZLE_128B});
+  return tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT16, y.y, {{y.n, 2, kWarpgroupColumns}, {y.m, y.n * 2, static_cast<uint32_t>(rows)}},
+                    CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace quest::cuda

@@ -1,11 +1,51 @@
-// gemm_int4: y = s_a s_w (v_a v_w^T) + bias of a packed weight and a packed or int8 activation. Hopper has no 4-bit tensor cores (they are
-// emulated there at a few percent of the int8 rate), so nibbles are widened to int8: in registers, for few rows and on wgmma
-// (gemm_int4_wgmma.cu); else once per tile on their way to shared memory.
+// gemm_int4: y = s_a s_w (v_a v_w^T) + bias of a packed weight and a packed or int8 activation.
+//
+// GPUs of compute capability 8.x have tensor cores for 4-bit integers, at twice the rate of int8. There, products of codes of at most 4
+// bits stay nibbles: u = c, unsigned, so that the packed bytes are multiplied as they lie in memory and the zeros beyond K add nothing.
+// (Signed nibbles u = c - 8 would need a flip of every top bit, and the zeros would count as 8 * 8.)
+//
+// Hopper has no such tensor cores (they are emulated there at a few percent of the int8 rate), and fp4 and wider activations do not fit:
+// nibbles are widened to int8, in registers for few rows and on wgmma (gemm_int4_wgmma.cu), else once per tile on their way to shared
+// memory.
 #include "common/gemm_skinny.cuh"
+#include "common/gemm_tile.cuh"
 #include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
 
 namespace quest::cuda {
+namespace {
+
+// At most 16 rows, if their kernel takes these operands.
+bool gemm_int4_skinny(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
+                      cudaStream_t stream) {
+  if (!plan_skinny(GemmFamily::kInt4, output.m, k, device.compute_capability)) return false;
+  if (!is_skinny_a(a, k) || !is_skinny_w(w, k)) return false;
+  const bool looks_up = is_fp4(w);
+  const IntegerEpilogue epilogue = integer_epilogue(a, w, skinny_affine(a, is_fp4(a)), skinny_affine(w, looks_up), output, k);
+  if (epilogue.a.sums_values || epilogue.w.sums_values) return false;
+  const SkinnyRows a_rows = skinny_rows(a, output.m, k), w_rows = skinny_rows(w, output.n, k);
+  looks_up ? launch_skinny<MmaInt8, SkinnyTable>(op, a_rows, w_rows, epilogue, device, stream)
+           : launch_skinny<MmaInt8, SkinnyNibbles>(op, a_rows, w_rows, epilogue, device, stream);
+  return true;
+}
+
+void launch_native(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const Output& output, int64_t k,
+                   cudaStream_t stream) {
+  const IntegerEpilogue epilogue = integer_epilogue(a, w, affine(a.grid, Layout::kCodes), affine(w.grid, Layout::kCodes), output, k);
+  auto packed_rows = [&](const char* name, const Operand& operand, int64_t rows) {
+    check_aligned(op, name, operand.data);
+    return plain_rows(operand.data, rows, packed_row_bytes(k));
+  };
+  const ByteRows w_rows = packed_rows("w", w, output.n);
+  const Steps steps = steps_of(packed_row_bytes(k));
+  if (a.layout == Layout::kPacked) {
+    launch_tile<MmaNibbles, ByteLoader, ByteLoader>(op, tile, packed_rows("a", a, output.m), w_rows, steps, epilogue, stream);
+  } else {
+    launch_tile<MmaNibbles, NarrowingLoader, ByteLoader>(op, tile, plain_rows(a.data, output.m, k), w_rows, steps, epilogue, stream);
+  }
+}
+
+}  // namespace
 
 void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                cudaStream_t stream) {
@@ -16,25 +56,18 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
   if (m == 0 || n == 0) return;
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
-  const bool skinny = plan_skinny(GemmFamily::kInt4, m, k, device.compute_capability);
-  if (!skinny && gemm_int4_wgmma(op, a, w, output, k, device, stream)) return;
+  if (gemm_int4_skinny(op, a, w, output, k, device, stream)) return;
+  if (gemm_int4_wgmma(op, a, w, output, k, device, stream)) return;
+  const bool looks_up = is_fp4(a) || is_fp4(w);
   const GemmTile tile = plan_mma_sync(GemmFamily::kInt4, m, n, k, device.compute_capability, device.sm_count);
-  const bool packed = a.layout == Layout::kPacked;
-  const bool looks_up = is_fp4(w) || (packed && is_fp4(a));
+  if (plan_native_int4(a.layout, a.grid, w.grid, device.compute_capability)) return launch_native(op, tile, a, w, output, k, stream);
   const NibbleRows w_rows = nibble_rows(op, "w", w, n, k, looks_up);
+  const bool packed = a.layout == Layout::kPacked;
   const IntegerEpilogue epilogue =
       integer_epilogue(a, w, operand_affine(a, packed ? looks_up : is_fp4(a)), operand_affine(w, looks_up), output, k);
-  auto multiply = [&](const auto& a_rows, auto load_a) {
-    if (!skinny) {
-      launch_tile<MmaInt8, decltype(load_a)::template Loader, NibbleLoader>(op, tile, a_rows, w_rows, steps_of(k), epilogue, stream);
-    } else if (looks_up) {
-      launch_skinny<MmaInt8, SkinnyTable>(op, a_rows, w_rows, k, epilogue, device, stream);
-    } else {
-      launch_skinny<MmaInt8, SkinnyNibbles>(op, a_rows, w_rows, k, epilogue, device, stream);
-    }
-  };
-  packed ? multiply(nibble_rows(op, "a", a, m, k, looks_up), LoadWith<NibbleLoader>{})
-         : multiply(byte_rows(a, m, k), LoadWith<ByteLoader>{});
+  packed ? launch_tile<MmaInt8, NibbleLoader, NibbleLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, steps_of(k),
+                                                            epilogue, stream)
+         : launch_tile<MmaInt8, ByteLoader, NibbleLoader>(op, tile, byte_rows(a, m, k), w_rows, steps_of(k), epilogue, stream);
 }
 
 }  // namespace quest::cuda

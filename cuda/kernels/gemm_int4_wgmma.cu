@@ -6,7 +6,7 @@ namespace quest::cuda {
 bool gemm_int4_wgmma(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                      cudaStream_t stream) {
   if (!is_bytes(a) || !takes_wgmma(a, w, k, device)) return false;
-  const GemmTile tile = plan_tile(GemmFamily::kInt4, output.m, output.n, k, device.compute_capability, device.sm_count);
+  const GemmTile tile = plan_wgmma(GemmFamily::kInt4, output.m, output.n, k, device.sm_count);
   const Affine a_map = affine(a.grid, a.layout);
   WgmmaProblem problem{};
   if (is_fp4(a) || is_fp4(w)) {

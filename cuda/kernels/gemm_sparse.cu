@@ -1,6 +1,10 @@
 // gemm_sparse: the product with a 4:8 sparse packed weight. Its kept codes are expanded to dense int8 rows, 0 where pruned, on their way to
 // shared memory: half the bytes of the dense weight are read, the tensor cores work as for a dense one. (On wgmma they skip what is pruned:
 // gemm_sparse_wgmma.cu.)
+//
+// The sparse 4-bit tensor cores of compute capability 8.x keep 2 of 4 pairs as this format does, but take the kept integers as nibbles. The
+// values of int4 (odd, up to 15) are none, and codes would need, for every element of y, the sum of those codes of a whose weights are
+// kept.
 #include "common/gemm_tile.cuh"
 #include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
@@ -25,18 +29,24 @@ class SparseLoader {
   __device__ __forceinline__ void commit(uint8_t* target) {
     if (threadIdx.x >= ROWS) return;
     const uint32_t codes[4] = {codes_.x, codes_.y, codes_.z, codes_.w};
-    uint32_t words[16];
+    uint2 columns[8];  // in groups of 8
 #pragma unroll
     for (int group = 0; group < 8; ++group) {
-      uint2 columns = make_uint2(0, 0);  // also beyond the row's end: a may hold padding there
-      if (group < groups_) columns = source_.expand(codes[group / 2] >> (16 * (group % 2)) & 0xFFFFu, index_ >> (4 * group) & 15u);
-      words[source_.even_odd ? group : 2 * group] = source_.even_odd ? __byte_perm(columns.x, columns.y, 0x6420) : columns.x;
-      words[source_.even_odd ? group + 8 : 2 * group + 1] = source_.even_odd ? __byte_perm(columns.x, columns.y, 0x7531) : columns.y;
+      columns[group] = make_uint2(0, 0);  // also beyond the row's end: a may hold padding there
+      if (group < groups_) columns[group] = source_.expand(codes[group / 2] >> (16 * (group % 2)) & 0xFFFFu, index_ >> (4 * group) & 15u);
     }
 #pragma unroll
     for (int piece = 0; piece < 4; ++piece) {
-      const uint32_t* four = words + 4 * piece;
-      *reinterpret_cast<uint4*>(target + tile_offset(threadIdx.x, piece)) = make_uint4(four[0], four[1], four[2], four[3]);
+      uint4 words;
+      if (source_.even_odd) {
+        const uint2* four = columns + piece % 2 * 4;
+        auto half = [&](uint2 group) { return __byte_perm(group.x, group.y, piece < 2 ? 0x6420 : 0x7531); };
+        words = make_uint4(half(four[0]), half(four[1]), half(four[2]), half(four[3]));
+      } else {
+        const uint2* two = columns + 2 * piece;
+        words = make_uint4(two[0].x, two[0].y, two[1].x, two[1].y);
+      }
+      *reinterpret_cast<uint4*>(target + tile_offset(threadIdx.x, piece)) = words;
     }
   }
 

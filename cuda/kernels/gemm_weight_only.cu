@@ -1,9 +1,15 @@
 // gemm_weight_only: y = x (s_w level(c_w))^T + bias for real x. Codes are widened to x's type in registers, the row scale is applied to the
 // sum.
 //
-// bfloat16 and float16: tensor cores with float32 sums; the tiled kernel of all families, or for at most 16 rows one after the scheme of
-// gemm_skinny.cuh, which reads the weight once. Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them.
+// bfloat16 and float16: tensor cores with float32 sums; the kernel for at most 16 rows (gemm_skinny.cuh), or the tiled one of all families.
+// Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them.
 // float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
+#include <cuda_fp16.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "common/gemm_skinny.cuh"
 #include "common/gemm_tile.cuh"
 #include "quest/cuda/gemm.h"
 
@@ -116,88 +122,96 @@ using BFloat16Loader = LevelLoader<ROWS, MmaBFloat16>;
 template <int ROWS>
 using Float16Loader = LevelLoader<ROWS, MmaFloat16>;
 
-constexpr int kSkinnyThreads = 256, kSkinnyWarps = kSkinnyThreads / 32;
-constexpr int kSkinnyBlocks = 2;  // a multiprocessor: leaves a thread 128 registers, most of them loads in flight
-constexpr int kSkinnyM = 16, kSkinnyN = 32;
-constexpr int kSliceColumns = 128, kLaneColumns = 32;
+// ---- at most 16 rows: weights to pairs of 16-bit floats. Every 8 columns become 4 words of columns i and i + 4, which is what falls out
+// of shifting codes or bits that lie side by side.
 
-// Adds the warps' [32, 16] accumulators (mma fragments of 2 x 2) and writes y. scratch: kSkinnyWarps * 512 words.
-__device__ void store_skinny(const RealEpilogue& epilogue, const float (&accumulators)[2][2][4], float* scratch, int64_t first_n) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // Word [m][n] of a warp's scratch: the reading threads differ in n.
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int n = i * 16 + lane / 4 + c / 2 * 8;
-        const int m = j * 8 + lane % 4 * 2 + c % 2;
-        scratch[warp * kSkinnyM * kSkinnyN + m * kSkinnyN + n] = accumulators[i][j][c];
-      }
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kSkinnyM * kSkinnyN / kSkinnyThreads; ++i) {
-    const int word = i * kSkinnyThreads + threadIdx.x;
-    const int m = word / kSkinnyN, n = word % kSkinnyN;
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < kSkinnyWarps; ++w) sum += scratch[w * kSkinnyM * kSkinnyN + word];
-    if (m < epilogue.output.m && first_n + n < epilogue.output.n) store_element(epilogue, m, first_n + n, sum, 0, 0);
-  }
+// 8 columns of x in that order.
+__device__ __forceinline__ uint4 order_pairs(uint4 x) {
+  return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632), __byte_perm(x.y, x.w, 0x5410),
+                    __byte_perm(x.y, x.w, 0x7632));
 }
 
-// At most 16 rows of x: the scheme of gemm_skinny.cuh with 16-bit floats, so the 32 columns of a lane are 16 words, 4 of each chunk.
+// 4-bit codes of a grid of equal steps: bits of a code below those of a power of two are a float that is exactly so much larger.
 template <typename Mma>
-__global__ __launch_bounds__(kSkinnyThreads, kSkinnyBlocks) void skinny_kernel(const __grid_constant__ ByteRows x_rows,
-                                                                               const __grid_constant__ LevelRows w_rows,
-                                                                               const __grid_constant__ RealEpilogue epilogue) {
-  constexpr int kChunks = kLaneColumns / kChunk;
-  __shared__ float scratch[kSkinnyWarps * kSkinnyM * kSkinnyN];
-  __shared__ float table[kMaxLevels];
-  w_rows.fill_table(table);
+struct FloatNibbles {
+  static constexpr int kDepth = 4, kLaneColumns = 32, kColumnBytes = 2;
+  uint4 loaded;
+  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) { loaded = source.load(row, column / 2); }
+  __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
+    const uint32_t codes = word_of(loaded, part) >> 8 * p;
+    auto pair = [&](uint32_t two) {
+      const uint32_t exact = Mma::fma((two & 0x000F000Fu) | Mma::kShift, Mma::kOne, Mma::kMinusShift);
+      return Mma::fma(exact, source.mul_pair, source.add_pair);
+    };
+    return make_uint2(pair(codes), pair(codes >> 4));
+  }
+  static __device__ __forceinline__ uint4 order(uint4 columns) { return order_pairs(columns); }
+};
 
-  const int64_t first_n = static_cast<int64_t>(blockIdx.x) * kSkinnyN;
-  const int lane = threadIdx.x % 32, group = lane / 4;
-  const bool wide = epilogue.output.m > 8;
-  float accumulators[2][2][4] = {};
-  const int64_t slices = (w_rows.k + kSliceColumns - 1) / kSliceColumns;
-  for (int64_t slice = threadIdx.x / 32; slice < slices; slice += kSkinnyWarps) {
-    const int64_t column = slice * kSliceColumns + lane % 4 * kLaneColumns;
-    uint2 loaded[4][kChunks];
+// 4-bit codes of any grid.
+struct FloatTable {
+  static constexpr int kDepth = 4, kLaneColumns = 32, kColumnBytes = 2;
+  uint4 loaded;
+  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) { loaded = source.load(row, column / 2); }
+  __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
+    const uint32_t codes = word_of(loaded, part) >> 16 * p;
+    const uint32_t low = look_up_nibbles(source.table, codes), high = look_up_nibbles(source.high_table, codes);
+    return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
+  }
+  static __device__ __forceinline__ uint4 order(uint4 columns) { return columns; }
+};
+
+// Codes of a byte, of a grid of equal steps.
+template <typename Mma>
+struct FloatBytes {
+  static constexpr int kDepth = 2, kLaneColumns = 32, kColumnBytes = 2;
+  uint4 loaded[2];
+  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) {
+    loaded[0] = source.load(row, column);
+    loaded[1] = source.load(row, column + 16);
+  }
+  __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
+    const uint32_t codes = word_of(loaded[part / 2], part % 2 * 2 + p);
+    auto level = [&](uint32_t selector) {  // 0x4700cc00 is the float 32768 + c
+      return fmaf(source.mul, __uint_as_float(__byte_perm(codes, 0x47000000u, selector)), source.add - 32768.0f * source.mul);
+    };
+    return make_uint2(Mma::pack(level(0x7504u), level(0x7514u)), Mma::pack(level(0x7524u), level(0x7534u)));
+  }
+  static __device__ __forceinline__ uint4 order(uint4 columns) { return columns; }
+};
+
+// Bit planes of an int grid: the sum of 2^j with the sign of plane j.
+template <typename Mma, int BITS>
+struct FloatPlanes {
+  static constexpr int kDepth = BITS == 1 ? 2 : 1, kLaneColumns = 128, kColumnBytes = 2;
+  uint4 loaded[BITS];
+  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) loaded[i][c] = w_rows.load(first_n + i * 8 + group, column / kChunk + c);
-    }
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      uint32_t w[4][4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float level[kChunk];
-        w_rows.levels(w_rows.codes(loaded[i][c]), table, level);
-#pragma unroll
-        for (int word = 0; word < 4; ++word) w[i][word] = Mma::pack(level[2 * word], level[2 * word + 1]);
-      }
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (j == 1 && !wide) continue;
-        const uint4 x = x_rows.load(0, j * 8 + group, (column + c * kChunk) * 2);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t first[4] = {w[2 * i][0], w[2 * i + 1][0], w[2 * i][1], w[2 * i + 1][1]};
-          const uint32_t second[4] = {w[2 * i][2], w[2 * i + 1][2], w[2 * i][3], w[2 * i + 1][3]};
-          Mma::mma(accumulators[i][j], first, x.x, x.y);
-          Mma::mma(accumulators[i][j], second, x.z, x.w);
-        }
-      }
+    for (int j = 0; j < BITS; ++j) {
+      SkinnyRows plane = source;
+      plane.data += j * source.plane_bytes;
+      loaded[j] = plane.load(row, column / 8);
     }
   }
-  store_skinny(epilogue, accumulators, scratch, first_n);
-}
+  __device__ __forceinline__ uint2 words(const SkinnyRows&, int part, int p) const {
+    uint32_t pairs[2];
+#pragma unroll
+    for (int j = 0; j < BITS; ++j) {
+      const uint32_t bits = word_of(loaded[j], part / 4) >> part % 4 * 8 & 0xFFu;
+      const uint32_t apart = bits | bits << 12;  // bit i + 4 at 16 + i
+      // 2^j in the exponent, the sign of a bit that is not set.
+      constexpr uint32_t kExponentStep = Mma::kExponentStep;
+      const uint32_t minus = (Mma::kOne | 0x80008000u) + static_cast<uint32_t>(j) * kExponentStep;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t pair = (apart << (15 - 2 * p - i) & 0x80008000u) ^ minus;
+        pairs[i] = j == 0 ? pair : Mma::fma(pair, Mma::kOne, pairs[i]);
+      }
+    }
+    return make_uint2(pairs[0], pairs[1]);
+  }
+  static __device__ __forceinline__ uint4 order(uint4 columns) { return order_pairs(columns); }
+};
 
 constexpr int kRealM = 32, kRealN = 64, kRealK = 32, kRealThreads = 128;
 
@@ -287,6 +301,73 @@ LevelRows level_rows(const char* op, const Operand& w, int64_t n, int64_t k) {
   return rows;
 }
 
+// The bits of a number twice, in Mma's type.
+template <typename Mma>
+uint32_t pair_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if constexpr (std::is_same_v<Mma, MmaBFloat16>) {
+    bits = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+  } else {
+    bits = __half_as_ushort(__float2half_rn(value));
+  }
+  return bits | bits << 16;
+}
+
+// At most 16 rows, if their kernel takes these operands: true if it has been launched.
+template <typename Mma>
+bool weight_only_skinny(const char* op, const void* x, const Operand& w, const RealEpilogue& epilogue, int64_t k, const Device& device,
+                        cudaStream_t stream) {
+  const int64_t m = epilogue.output.m, n = epilogue.output.n;
+  const bool even_steps = w.grid.kind != GridKind::kFp4 && w.grid.kind != GridKind::kGauss;
+  const bool bytes = w.layout == Layout::kCodes;
+  if (!is_aligned(x, 16) || !is_aligned(w.data, 16) || k % 8 != 0 || (bytes && (!even_steps || k % 16 != 0))) return false;
+  if (w.layout == Layout::kPlanes && (w.grid.kind != GridKind::kInt || w.grid.bits > 3)) return false;
+  if (!plan_skinny(GemmFamily::kWeightOnly, m, k, device.compute_capability)) return false;
+  SkinnyRows rows = skinny_rows(w, n, k);
+  rows.flip = 0;
+  if (even_steps) {
+    const Affine map = affine(w.grid, Layout::kCodes);
+    rows.mul = static_cast<float>(map.mul);
+    rows.add = static_cast<float>(map.add);
+    rows.mul_pair = pair_of<Mma>(rows.mul);
+    rows.add_pair = pair_of<Mma>(rows.add);
+  } else {
+    uint8_t low[16] = {}, high[16] = {};
+    for (int32_t code = 0; code < level_count(w.grid); ++code) {
+      const uint32_t bits = pair_of<Mma>(code_level(w.grid, code));
+      low[code] = static_cast<uint8_t>(bits);
+      high[code] = static_cast<uint8_t>(bits >> 8);
+    }
+    std::memcpy(&rows.table, low, 16);
+    std::memcpy(&rows.high_table, high, 16);
+  }
+  // Where 16 rows do not fit in shared memory, the weight comes from the L2 cache the second time.
+  const int64_t step = plan_skinny_rows(GemmFamily::kWeightOnly, k, device.compute_capability);
+  for (int64_t first = 0; first < m; first += step) {
+    RealEpilogue part = epilogue;
+    part.output.m = std::min(step, m - first);
+    part.output.y = static_cast<uint8_t*>(epilogue.output.y) + first * n * 2;
+    SkinnyRows x_rows{};
+    x_rows.data = static_cast<const uint8_t*>(x) + first * k * 2;
+    x_rows.rows = part.output.m;
+    x_rows.row_bytes = 2 * k;
+    switch (w.layout) {
+      case Layout::kPacked:
+        even_steps ? launch_skinny<Mma, FloatNibbles<Mma>>(op, x_rows, rows, part, device, stream)
+                   : launch_skinny<Mma, FloatTable>(op, x_rows, rows, part, device, stream);
+        break;
+      case Layout::kPlanes:
+        w.grid.bits == 1   ? launch_skinny<Mma, FloatPlanes<Mma, 1>>(op, x_rows, rows, part, device, stream)
+        : w.grid.bits == 2 ? launch_skinny<Mma, FloatPlanes<Mma, 2>>(op, x_rows, rows, part, device, stream)
+                           : launch_skinny<Mma, FloatPlanes<Mma, 3>>(op, x_rows, rows, part, device, stream);
+        break;
+      default: launch_skinny<Mma, FloatBytes<Mma>>(op, x_rows, rows, part, device, stream);
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
@@ -302,13 +383,14 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
            is_aligned(x, 16) && k % 8 == 0, w_rows, epilogue);
     return;
   }
+  const bool bfloat16 = dtype == DType::kBFloat16;
+  if (bfloat16 ? weight_only_skinny<MmaBFloat16>(op, x, w, epilogue, k, device, stream)
+               : weight_only_skinny<MmaFloat16>(op, x, w, epilogue, k, device, stream)) {
+    return;
+  }
   const GemmTile tile = plan_mma_sync(GemmFamily::kWeightOnly, m, n, k, device.compute_capability, device.sm_count);
   const ByteRows x_rows = plain_rows(x, m, k * element_size(dtype));
-  const bool bfloat16 = dtype == DType::kBFloat16;
-  if (tile.block_m == kSkinnyM) {
-    launch(op, bfloat16 ? skinny_kernel<MmaBFloat16> : skinny_kernel<MmaFloat16>, grid_of(op, (n + kSkinnyN - 1) / kSkinnyN),
-           dim3(kSkinnyThreads), 0, stream, x_rows, w_rows, epilogue);
-  } else if (bfloat16) {
+  if (bfloat16) {
     launch_tile<MmaBFloat16, ByteLoader, BFloat16Loader>(op, tile, x_rows, w_rows, steps_of(x_rows.row_bytes), epilogue, stream);
   } else {
     launch_tile<MmaFloat16, ByteLoader, Float16Loader>(op, tile, x_rows, w_rows, steps_of(x_rows.row_bytes), epilogue, stream);

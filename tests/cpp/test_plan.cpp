@@ -94,6 +94,23 @@ TEST(Plan, WgmmaOnHopperAlone) {
   EXPECT_FALSE(plan_tile(GemmFamily::kWeightOnly, 16, 4096, 4096, 90, 132).wgmma);
 }
 
+TEST(Plan, NativeInt4WhereTensorCoresHaveIt) {
+  const Grid int4{GridKind::kInt, 4}, int5{GridKind::kInt, 5}, fp4{GridKind::kFp4, 4}, gauss4{GridKind::kGauss, 4};
+  for (const Layout layout : {Layout::kPacked, Layout::kCodes}) {
+    for (const int32_t capability : {80, 86, 87, 89}) EXPECT_TRUE(plan_native_int4(layout, int4, int4, capability)) << capability;
+    for (const int32_t capability : {90, 100, 103, 120}) EXPECT_FALSE(plan_native_int4(layout, int4, int4, capability)) << capability;
+    for (const Grid grid : {Grid{GridKind::kInt, 1}, Grid{GridKind::kIntZero, 3}, Grid{GridKind::kTernary, 2}}) {
+      EXPECT_TRUE(plan_native_int4(layout, grid, int4, 80)) << to_string(grid);
+      EXPECT_TRUE(plan_native_int4(layout, int4, grid, 80)) << to_string(grid);
+    }
+    for (const Grid grid : {int5, fp4, gauss4}) {
+      EXPECT_FALSE(plan_native_int4(layout, grid, int4, 80)) << to_string(grid);
+      EXPECT_FALSE(plan_native_int4(layout, int4, grid, 80)) << to_string(grid);
+    }
+  }
+  EXPECT_FALSE(plan_native_int4(Layout::kValues, int4, int4, 80));
+}
+
 TEST(Plan, Errors) {
   EXPECT_CONTAINS(error_text([] { plan_tile(GemmFamily::kInt8, 1, 1, 1, 75, 40); }), "compute capability 80 or higher, got 75");
   EXPECT_CONTAINS(error_text([] { plan_tile(GemmFamily::kInt8, -1, 1, 1, 90, 132); }), "m, n, k >= 0");

@@ -171,9 +171,11 @@ TEST_F(Gemm, Int4OfEveryShapeAndGrid) {
   const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, fp4{GridKind::kFp4, 4};
   for (const Shape& s : kShapes) {
     const Matrix w(random, int4, Layout::kPacked, s.n, s.k), fp4_w(random, fp4, Layout::kPacked, s.n, s.k);
-    const Matrix packed(random, int4, Layout::kPacked, s.m, s.k), values(random, int8, Layout::kValues, s.m, s.k);
+    const Matrix packed(random, int4, Layout::kPacked, s.m, s.k), values(random, int8, Layout::kValues, s.m, s.k),
+        codes(random, int4, Layout::kCodes, s.m, s.k);
     check_product(kInt4, packed, w, s.m, s.n, s.k);
     check_product(kInt4, values, w, s.m, s.n, s.k);
+    check_product(kInt4, codes, w, s.m, s.n, s.k);
     check_product(kInt4, packed, fp4_w, s.m, s.n, s.k);
     check_product(kInt4, values, fp4_w, s.m, s.n, s.k);
   }
@@ -184,6 +186,34 @@ TEST_F(Gemm, Int4OfEveryShapeAndGrid) {
           b(random, fp4, Layout::kPacked, m, 200);
       check_product(kInt4, a, w, m, 50, 200);
       check_product(kInt4, b, w, m, 50, 200);
+    }
+  }
+}
+
+// Codes that GPUs of compute capability 8.x multiply as nibbles, others as bytes: rows that can be copied 16 bytes at a time, rows that
+// cannot, and an odd number of codes, in both tiles.
+TEST_F(Gemm, Int4OfEveryPairOfNarrowGrids) {
+  Random random(36);
+  std::vector<Grid> grids;
+  for (const Grid grid : testing::all_grids()) {
+    if (has_values(grid) && grid.bits <= 4) grids.push_back(grid);
+  }
+  for (const Grid w_grid : grids) {
+    for (const Shape& s : {Shape{17, 40, 272}, Shape{33, 70, 129}, Shape{70, 131, 520}}) {
+      const Matrix w(random, w_grid, Layout::kPacked, s.n, s.k);
+      for (const Grid a_grid : grids) {
+        for (const Layout layout : {Layout::kPacked, Layout::kCodes}) {
+          check_product(kInt4, Matrix(random, a_grid, layout, s.m, s.k), w, s.m, s.n, s.k);
+        }
+      }
+    }
+  }
+  const Grid int3{GridKind::kInt, 3}, int4{GridKind::kInt, 4};
+  for (const Shape& s : {Shape{1500, 1700, 144}, Shape{2100, 2000, 1037}}) {
+    EXPECT_EQ(plan_mma_sync(GemmFamily::kInt4, s.m, s.n, s.k, 90, 132).block_m, 128);
+    const Matrix w(random, int4, Layout::kPacked, s.n, s.k);
+    for (const Layout layout : {Layout::kPacked, Layout::kCodes}) {
+      check_product(kInt4, Matrix(random, int3, layout, s.m, s.k), w, s.m, s.n, s.k, DType::kBFloat16);
     }
   }
 }
@@ -244,6 +274,7 @@ TEST_F(Gemm, ExtremeCodes) {
         }
         const Matrix a(random, int4, Layout::kPacked, m, 32768, fill_a), w(random, int4, Layout::kPacked, 3, 32768, fill_w);
         check_product(kInt4, a, w, m, 3, 32768);
+        check_product(kInt4, Matrix(random, int4, Layout::kCodes, m, 32768, fill_a), w, m, 3, 32768);
       }
     }
     const Matrix a(random, int4, Layout::kPlanes, m, 32768, Fill::kTop), w(random, int4, Layout::kPlanes, 3, 32768, Fill::kBottom);
@@ -346,8 +377,8 @@ TEST_F(Gemm, TensorCopiesOfManyTiles) {
 TEST_F(Gemm, TensorCopiesOfBitsThatStay) {
   Random random(35);
   const Grid int1{GridKind::kInt, 1};
-  for (const Shape& s : {Shape{65, 40, 144}, Shape{1025, 9608, 4096}, Shape{2600, 4100, 2064}, Shape{66, 70000, 1024},
-                         Shape{130, 20000, 6160}, Shape{4000, 264, 3088}, Shape{300, 520, 16400}}) {
+  for (const Shape& s : {Shape{65, 32, 144}, Shape{1025, 9632, 4096}, Shape{2600, 4128, 2064}, Shape{66, 70016, 1024},
+                         Shape{130, 20000, 6160}, Shape{4000, 288, 3088}, Shape{300, 544, 16400}, Shape{300, 520, 2064}}) {
     const Matrix a(random, int1, Layout::kPlanes, s.m, s.k), w(random, int1, Layout::kPlanes, s.n, s.k);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
       check_product(kPlanes, a, w, s.m, s.n, s.k, dtype, dtype != DType::kFloat16);
@@ -431,11 +462,13 @@ TEST_F(Gemm, TensorCopiesOfExtremeCodes) {
 
 TEST_F(Gemm, AnyAddressOfUnpaddedRows) {
   Random random(8);
-  const Grid int7{GridKind::kInt, 7};
+  const Grid int7{GridKind::kInt, 7}, int4{GridKind::kInt, 4};
   for (const int64_t m : {4, 30}) {
     const Matrix a(random, int7, Layout::kValues, m, 128, Fill::kRandom, false, 3),
         w(random, int7, Layout::kCodes, 40, 128, Fill::kRandom, false, 5);
     check_product(kInt8, a, w, m, 40, 128);
+    const Matrix codes(random, int4, Layout::kCodes, m, 128, Fill::kRandom, false, 3), packed(random, int4, Layout::kPacked, 40, 128);
+    check_product(kInt4, codes, packed, m, 40, 128);
   }
 }
 
@@ -566,6 +599,18 @@ TEST_F(GemmWeightOnly, EveryShape) {
     }
   }
   check_weight_only(random, {GridKind::kInt, 2}, Layout::kPlanes, DType::kBFloat16, 3, 32, 32768);
+  // Rows of x that fit in shared memory 16 at once, 8 at once, and not; several tiles a team.
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t m : {1, 8, 9, 16}) {
+      for (const int64_t k : {1000, 4096, 11008}) {
+        check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, dtype, m, k == 1000 ? 5000 : 72, k);
+        check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 72, k);
+        check_weight_only(random, {GridKind::kInt, 3}, Layout::kPlanes, dtype, m, 72, k);
+        check_weight_only(random, {GridKind::kGauss, 4}, Layout::kPacked, dtype, m, 72, k);
+        check_weight_only(random, {GridKind::kInt, 8}, Layout::kCodes, dtype, m, 72, k);
+      }
+    }
+  }
   check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, DType::kFloat32, 3, 32, 0);
   check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, DType::kBFloat16, 30, 32, 0);
 }

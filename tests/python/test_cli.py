@@ -220,9 +220,8 @@ def test_bad_values_are_named(workplace: Path, tmp_path: Path, capsys: Capture) 
     assert "has no training records" in failure(capsys, "plot", str(tmp_path))
     (tmp_path / "mine").write_text("text")
     assert "is not a model directory" in failure(capsys, "export", packed, str(tmp_path / "mine"))
-    assert "did you mean" in failure(
-        capsys, "import", f"hf:{workplace / 'hf'}", str(tmp_path / "o"), "--quant", "int44"
-    )
+    assert cli.main(["export", packed, str(tmp_path / "hf"), "--format", "hf"]) == 0
+    assert "did you mean" in failure(capsys, "import", f"hf:{tmp_path / 'hf'}", str(tmp_path / "o"), "--quant", "int44")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

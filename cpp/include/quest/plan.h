@@ -33,10 +33,17 @@ struct GemmTile {
   const char* reason;
 };
 // compute_capability: 90 for 9.0. Operands that the copy engine cannot read (rows that start at no multiple of 16 bytes, layouts that have
-// to be widened for both sides) get plan_mma_sync's tile instead.
+// to be widened for both sides) get plan_mma_sync's tile instead, those that the kernel for few rows does not take plan_wgmma's.
 GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
+GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count);
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
-// Whether the kernel for at most 16 rows takes this: bytes of a (for 1-bit products: k / 8 of them) that fit in shared memory.
+// Rows of a that the kernel for at most 16 rows holds in shared memory at once: 16, 8 or none; whether it takes a product. (1-bit products:
+// those of kInt8 with k / 8.)
+int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability);
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
+
+// Whether gemm_int4, for more rows, multiplies codes as they are, two a byte, on tensor cores for 4-bit integers. Later GPUs than 8.9 only
+// emulate those, several times slower than they multiply int8.
+bool plan_native_int4(Layout a_layout, Grid a, Grid w, int32_t compute_capability);
 
 }  // namespace quest
