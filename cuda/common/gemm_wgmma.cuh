@@ -6,18 +6,19 @@
 // BLOCK_M rows are the instruction's N, which may be small. The accumulators hold y transposed; stmatrix turns it on its way to the copy
 // engine. A stage holds 128 bytes of every row of a: 128 int8 or 1024 bits.
 //
-// Clusters, two kinds. Large products of bytes: the blocks of a cluster take neighbouring columns of y and the same rows, and each copies
-// its share of a to all of them (of bits, whose tiles are short, each copies all: to wait for each other costs more). Small products
-// (SPLIT), whose tiles are fewer than the multiprocessors: the blocks share one tile along K, and the first adds the integers of the others
-// from their shared memory: no workspace, no second launch, the same bits in any order.
+// Clusters, two kinds. Large products: the blocks of a cluster take neighbouring columns of y and the same rows, and each copies its share
+// of a to all of them. Small products (SPLIT), whose tiles are fewer than the multiprocessors: the blocks share one tile along K, and each
+// adds up the integers of all of them for its share of the rows, from their shared memory: no workspace, no second launch, the same bits in
+// any order.
 //
 // Bit planes: one pass over K for each pair of planes (steps.cuh).
 //
 // 4:8 sparse weights: a product of 64 columns takes the time of one of 32, and reads 128 bytes of a a cycle, all that shared memory gives.
-// What copies write comes on top of that, so the tensor cores are busy for 60 to 67 % of the time; and the GPU is out of power (H200).
+// What copies write comes on top of that, so the tensor cores work in 60 to 67 % of the cycles, at 1.55 GHz: out of power too.
 //
-// What bounds it (H100): a loop of 4-bit weights runs at 95 % of the wgmma ceiling when its data are there; copies cost about 10 % of that
-// and the epilogue, of 4 to 6 instructions a value, about 3000 cycles a tile. CHANGELOG has what was tried.
+// What bounds it (H200): power, before anything else. Where the operands are codes, which are never negative, the tensor cores work in 85
+// to 90 % of the cycles at 1.78 GHz; with signed values of the same grid the clock falls to 1.60 GHz. What is left: the epilogue, of 4 to 6
+// instructions a value, about 3000 cycles a tile, and waiting for copies. CHANGELOG has what was tried.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +35,7 @@ inline constexpr int kWgmmaN = kWarpgroupColumns * kMultipliers;  // rows of w a
 inline constexpr int kStageRowBytes = 128;                        // of a: what the 128-byte swizzle covers
 // Neighbouring tiles: 8 down y, then the next columns, so that both operands of a wave stay in the L2 cache.
 inline constexpr int kWgmmaGroupM = 8;
-inline constexpr int kMaxSplit = 8;  // blocks of a cluster that every GPU can place; the plan takes fewer
+inline constexpr int kMaxSplit = 4;  // blocks that share a tile along K: 8 took longer than their shorter loops saved
 
 struct WgmmaProblem {
   TileOutput output;
@@ -268,7 +269,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       }
     }
     __syncwarp();
-    if constexpr (Tile::SPLIT) cluster_sync();
+    if (Tile::SPLIT && cluster_blocks > 1) cluster_sync();
   } else {
     registers_grow<Tile::MULTIPLIER_REGISTERS>();
     const int group = warpgroup - 1;
@@ -344,31 +345,41 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       next_stage();
 
       if constexpr (Tile::SPLIT) {
-        // Once both warpgroups are here all copies have landed and been read: the ring now holds this block's integers, word i of every
-        // thread side by side.
-        int32_t* const words = reinterpret_cast<int32_t*>(shared) + threadIdx.x - kWarpgroup;
-        constexpr int kStride = kMultipliers * kWarpgroup;
-        static_assert(kStride * (BLOCK_M / 2) * 4 <= STAGES * Tile::STAGE_BYTES, "the ring holds a tile");
-        if (rank != 0) {
-          named_barrier(kBothBarrier, kMultipliers * kWarpgroup);
+        // Every block of the cluster adds up its share of the tile, whole groups of 8 rows. Once both warpgroups are here all copies have
+        // landed and been read: the ring now holds this block's integers, word i of every thread side by side.
+        constexpr int kGroups = BLOCK_M / 8, kStride = kMultipliers * kWarpgroup;
+        const int share = (kGroups + cluster_blocks - 1) / cluster_blocks, first_group = rank * share;
+        if (cluster_blocks > 1) {
+          int32_t* const words = reinterpret_cast<int32_t*>(shared) + threadIdx.x - kWarpgroup;
+          static_assert(kStride * (BLOCK_M / 2) * 4 <= STAGES * Tile::STAGE_BYTES, "the ring holds a tile");
+          named_barrier(kBothBarrier, kStride);
 #pragma unroll
           for (int i = 0; i < BLOCK_M / 2; ++i) words[i * kStride] = accumulators[i];
-        }
-        cluster_sync();
-        if (rank != 0) break;
-        for (int other = 1; other < cluster_blocks; ++other) {
-          const uint32_t remote = cluster_address(words, other);
+          cluster_sync();
 #pragma unroll
-          for (int i = 0; i < BLOCK_M / 2; ++i) accumulators[i] += load_cluster_32(remote + i * kStride * 4);
+          for (int i = 0; i < BLOCK_M / 2; ++i) accumulators[i] = 0;
+#pragma unroll
+          for (int block = 0; block < kMaxSplit; ++block) {  // all loads on their way together
+            if (block >= cluster_blocks) break;
+            const uint32_t theirs = cluster_address(words, block) + first_group * 4 * kStride * 4;
+#pragma unroll
+            for (int i = 0; i < BLOCK_M / 2; ++i) {
+              if (i < share * 4 && first_group * 4 + i < BLOCK_M / 2) accumulators[i] += load_cluster_32(theirs + i * kStride * 4);
+            }
+          }
         }
+        row_loads.store(problem.output, factors);
+        named_barrier(group_barrier(group), kWarpgroup);
+        store_groups<BLOCK_M>(problem.output, accumulators, factors, column_loads.factors(problem.output), first_m, first_n, first_group,
+                              min(share, kGroups - first_group));
+      } else {
+        // The warps of this group are done with the factors of the tile before: known already where the loop is longer than the ring, but
+        // not to racecheck.
+        named_barrier(group_barrier(group), kWarpgroup);
+        row_loads.store(problem.output, factors);
+        store_tile<typename Tile::Piece>(problem.output, accumulators, factors, column_loads.factors(problem.output), buffers, &y_map,
+                                         first_m, first_n, group);
       }
-
-      // The warps of this group are done with the factors of the tile before: known already where the loop is longer than the ring, but
-      // not to racecheck.
-      if (!Tile::SPLIT) named_barrier(group_barrier(group), kWarpgroup);
-      row_loads.store(problem.output, factors);
-      store_tile<typename Tile::Piece>(problem.output, accumulators, factors, column_loads.factors(problem.output), buffers, &y_map,
-                                       first_m, first_n, group);
     }
     if (thread == 0) bulk_wait_read<0>();
     __syncwarp();

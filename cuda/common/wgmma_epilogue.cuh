@@ -176,6 +176,26 @@ __device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Piece
   }
 }
 
+// Groups of 8 rows of a warpgroup's tile, element by element: `count` from first_group on, whose accumulators are the first ones.
+template <int BLOCK_M>
+__device__ __forceinline__ void store_groups(const TileOutput& output, const int32_t (&accumulators)[BLOCK_M / 2],
+                                             const RowFactors* factors, const ColumnFactors& column, int first_m, int first_n,
+                                             int first_group, int count) {
+  const Output& y = output.epilogue.output;
+#pragma unroll
+  for (int j = 0; j < BLOCK_M / 8; ++j) {
+    if (j >= count) break;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int row = (first_group + j) * 8 + threadIdx.x % 4 * 2 + c % 2, i = c / 2, n = thread_column(first_n, i);
+      if (first_m + row < y.m && n < y.n) {
+        const float product = output.epilogue.product(accumulators[j * 4 + c], factors[row].part, column.part[i]);
+        store_value(y, first_m + row, n, scaled(product, factors[row].scale, column.scale[i], column.bias[i]));
+      }
+    }
+  }
+}
+
 // A warpgroup's tile of y. factors: of its rows, written by this warpgroup without a barrier since.
 template <typename Piece>
 __device__ __forceinline__ void store_tile(const TileOutput& output, const int32_t (&accumulators)[Piece::BLOCK_M / 2],
@@ -190,17 +210,7 @@ __device__ __forceinline__ void store_tile(const TileOutput& output, const int32
     return;
   }
   named_barrier(group_barrier(group), kWarpgroup);
-#pragma unroll
-  for (int j = 0; j < Piece::BLOCK_M; j += 8) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int row = j + threadIdx.x % 4 * 2 + c % 2, i = c / 2, n = thread_column(first_n, i);
-      if (first_m + row < y.m && n < y.n) {
-        const float product = output.epilogue.product(accumulators[j / 2 + c], factors[row].part, column.part[i]);
-        store_value(y, first_m + row, n, scaled(product, factors[row].scale, column.scale[i], column.bias[i]));
-      }
-    }
-  }
+  store_groups<Piece::BLOCK_M>(output, accumulators, factors, column, first_m, first_n, 0, Piece::BLOCK_M / 8);
   named_barrier(group_barrier(group), kWarpgroup);  // the factors are read before the next tile's are written
 }
 
