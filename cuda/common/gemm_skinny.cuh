@@ -229,7 +229,7 @@ inline SkinnyRows skinny_rows(const Operand& operand, int64_t rows, int64_t k) {
   result.row_bytes = row_bytes(operand.layout, k);
   result.plane_bytes = rows * result.row_bytes;
   if (operand.layout == Layout::kCodes && operand.grid.bits == 8) result.flip = 0x80808080u;
-  if (operand.layout == Layout::kPacked) result.table = value_table(operand.grid);
+  if (operand.layout == Layout::kPacked && has_values(operand.grid)) result.table = value_table(operand.grid);
   return result;
 }
 

@@ -607,7 +607,7 @@ TEST_F(GemmWeightOnly, EveryShape) {
         check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 72, k);
         check_weight_only(random, {GridKind::kInt, 3}, Layout::kPlanes, dtype, m, 72, k);
         check_weight_only(random, {GridKind::kGauss, 4}, Layout::kPacked, dtype, m, 72, k);
-        check_weight_only(random, {GridKind::kInt, 8}, Layout::kCodes, dtype, m, 72, k);
+        check_weight_only(random, {GridKind::kIntZero, 8}, Layout::kCodes, dtype, m, 72, k);  // sums of int8 reach float16's infinity
       }
     }
   }
