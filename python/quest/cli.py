@@ -2,7 +2,8 @@
 
 MODEL is, everywhere, a packed directory, a run directory (its latest checkpoint) or one checkpoint, hf:DIR for a
 Hugging Face Llama, or paper:PATH for a checkpoint of the QuEST paper's code. What goes wrong ends as one message on
-standard error and exit code 1 (2: wrong usage, 130: interrupted); QUEST_DEBUG=1 shows where it happened.
+standard error and exit code 1 (2: wrong usage; 130, 143: stopped by SIGINT, SIGTERM); QUEST_DEBUG=1 shows where it
+happened.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def train(args: list[str]) -> int:
     from quest.train.trainer import train as run
 
     result = run(parse(args))
-    return 130 if result.interrupted else 0
+    return 0 if result.signal is None else 128 + result.signal  # as a shell says which signal ended a process
 
 
 def evaluate(
@@ -290,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What our own checks say stands for itself; anything else is named, as it may be a bug.
         expected = isinstance(error, ValueError | OSError | ImportError) or type(error).__module__.startswith("quest.")
         what = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
+        what = what.removeprefix(f"{COMMANDS[name].__name__}: ")  # which the line begins with anyway
         print(f"quest {name}: {what}\n(QUEST_DEBUG=1 shows where)", file=sys.stderr)
         return 1
 

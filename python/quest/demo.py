@@ -76,9 +76,9 @@ def main() -> int:
     print("── 1. Train a Llama with 4-bit weights and activations on Python's standard library", flush=True)
     config = configuration()
     result = train(config)
-    if result.interrupted:
+    if result.signal is not None:
         print("interrupted; run it again to go on from here")
-        return 130
+        return 128 + result.signal
 
     print("\n── 2. Pack it", flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -104,7 +104,10 @@ def test_leftovers_of_a_killed_run_are_no_checkpoints(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_last_good_one(asynchronous: bool, tmp_path: Path) -> None:
     store = saved(tmp_path, 1)
     store = CheckpointStore(tmp_path, CheckpointConfig(asynchronous=asynchronous))
-    message = r"step-00000002 could not be written \(.+\); the last good one is .*step-00000001. Free disk space"
+    message = (
+        r"step-00000002 could not be written \(torch .+ full disk; .* MB are free there\); "
+        r"the last good one is .*step-00000001. Free disk space"
+    )
 
     def save_to_the_end() -> None:
         store.save(2, some_tensors(), {})

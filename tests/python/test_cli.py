@@ -213,6 +213,7 @@ def test_bad_values_are_named(workplace: Path, tmp_path: Path, capsys: Capture) 
     assert "top_p: expected above 0, at most 1, got 2.0" in failure(capsys, "generate", packed, "--top-p", "2")
     long = ["--prompt", "green bottles " * 99]
     assert "prompt: expected 1 to 32 ids" in failure(capsys, "generate", packed, *long)
+    assert "quest bench: expected m, n, k" in failure(capsys, "bench", "--m", "0")  # named once
     assert "give --data FILE… or --tasks NAME…" in failure(capsys, "eval", packed)
     assert "gone.txt does not exist" in failure(capsys, "eval", packed, "--data", str(tmp_path / "gone.txt"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
@@ -227,6 +228,8 @@ def test_bad_values_are_named(workplace: Path, tmp_path: Path, capsys: Capture) 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_said(workplace: Path, capsys: Capture) -> None:
     assert "torch sees no GPU here" in failure(capsys, "generate", str(workplace / "packed"), "--device", "cuda")
+    options = [*training_options(workplace), "--device", "cuda"]
+    assert failure(capsys, "train", *options).startswith("quest train: device: expected a CUDA GPU")
 
 
 def test_training_errors_lose_nothing(workplace: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -269,16 +272,17 @@ def test_interrupted_generation_ends_clean(workplace: Path) -> None:
     assert error.strip() == "quest generate: interrupted"
 
 
-def test_interrupted_training_saves_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_training_saves_and_goes_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
     options = [*training_options(tmp_path), "--resume", "auto"]
     process = start_quest("train", *options, "--steps", "100000", "--schedule.name", "constant")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    assert process.returncode == code, error
     assert "go on with --resume auto" in output
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))

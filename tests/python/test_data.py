@@ -352,6 +352,16 @@ def test_tokenizer_is_trained_once_and_on_training_documents_alone(
     assert len(seen) == 2 * data.train_cache.documents
 
 
+def test_tokenizer_on_a_full_disk(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Tokenizer, "save", fail)
+    message = f"training a tokenizer on .* into {config.cache_dir}: .*No space left on device; .*another data.cache_dir"
+    with pytest.raises(DataError, match=message):
+        prepare_tokenizer(config)
+
+
 def test_tokenizer_from_a_path(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "saved")
     assert prepare_tokenizer(replace(config, tokenizer=str(tmp_path / "saved"))).fingerprint == tokenizer.fingerprint

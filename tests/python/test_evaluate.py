@@ -197,5 +197,5 @@ def test_unknown_task_is_named(model: Llama, tokenizer: Tokenizer) -> None:
     pytest.importorskip("lm_eval")
     from quest.infer.harness import evaluate_tasks
 
-    with pytest.raises(ValueError, match="lm-eval has no task 'hellaswagg'"):
+    with pytest.raises(ValueError, match="evaluate: lm-eval has no task 'hellaswagg'"):
         evaluate_tasks(model, tokenizer, ["hellaswagg"])

@@ -70,6 +70,12 @@ def configured(data: dict[str, Any], tmp_path: Path) -> functools.partial[TrainC
     return functools.partial(make)
 
 
+@pytest.fixture(params=[1, 10])
+def log_every(request: pytest.FixtureRequest) -> int:
+    """With and without a record before a run of fewer steps ends; only one has losses to plot."""
+    return int(request.param)
+
+
 @pytest.fixture(autouse=True)
 def without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than most of these runs; tests marked so by their argument `plots` draw."""
@@ -187,6 +193,23 @@ def test_every_option_trains_and_resumes_to_the_bit(sections: dict[str, Any], co
     expected = final_tensors(straight)
     for name, tensor in final_tensors(resumed).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_resumed_losses_are_those_of_the_run_never_stopped(configured: Any, device: torch.device) -> None:
+    """On a GPU too, where the order of some sums is not fixed: up to their rounding."""
+    sections = {
+        "device": device.type,
+        "precision": "auto",
+        "average": {"name": "ema"},
+        "checkpoint": {"asynchronous": True},
+    }
+    straight = train(configured("straight", **sections))
+    middle = straight.run_dir / "checkpoints" / "step-00000004"
+    resumed = train(configured("resumed", **sections, resume=str(middle)))
+    for (step, a), (other, b) in zip(losses(resumed.run_dir), losses(straight.run_dir)[4:], strict=True):
+        assert step == other
+        assert a == pytest.approx(b, rel=1e-6)
+    assert resumed.validation_loss == pytest.approx(straight.validation_loss, rel=1e-6)
 
 
 def test_overrides_reach_the_layers(configured: Any) -> None:
@@ -389,7 +412,7 @@ def test_a_signal_saves_and_ends_the_run(number: signal.Signals, configured: Any
     sender.start()
     result = train(configured(steps=100_000, checkpoint={"every": 100_000}, evaluation={"every": 0}))
     sender.join()
-    assert result.interrupted
+    assert result.signal == number
     assert not result.finished
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert read_state(checkpoint)["step"] == result.step == losses(tmp_path / "run")[-1][0]
@@ -399,7 +422,7 @@ def test_a_signal_saves_and_ends_the_run(number: signal.Signals, configured: Any
 def test_a_time_limit_saves_and_ends_the_run(configured: Any, tmp_path: Path) -> None:
     result = train(configured(steps=100_000, max_minutes=0.01, checkpoint={"every": 100_000}))
     assert not result.finished
-    assert not result.interrupted
+    assert result.signal is None
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert read_state(checkpoint)["step"] == result.step
 
@@ -476,8 +499,12 @@ def test_resuming_from_a_damaged_checkpoint(configured: Any) -> None:
         train(configured(resume="auto", steps=9))
 
 
-def test_a_loss_that_is_not_finite(configured: Any) -> None:
-    config = configured(optim={"name": "sgd", "learning_rate": 1e30, "clip_norm": 0.0}, checkpoint={"every": 1})
+def test_a_loss_that_is_not_finite(configured: Any, plots: None, log_every: int) -> None:
+    config = configured(
+        optim={"name": "sgd", "learning_rate": 1e30, "clip_norm": 0.0},
+        checkpoint={"every": 1},
+        log={"every": log_every},
+    )
     with pytest.raises(
         TrainingError, match=r"is (nan|inf) at step \d+; no weight was changed .* is .*step-0"
     ) as caught:
@@ -487,11 +514,15 @@ def test_a_loss_that_is_not_finite(configured: Any) -> None:
     before = config.run_dir / "checkpoints" / f"step-{step - 1:08d}"
     assert str(before) in str(caught.value)
     assert all(tensor.isfinite().all() for tensor in read_tensors(before, ("model/",)).values())
-    assert losses(config.run_dir)[-1][0] == step - 1
+    assert [done for done, _ in losses(config.run_dir)] == [done for done in range(1, step) if done % log_every == 0]
+    assert (config.run_dir / "loss.png").exists() == (log_every == 1)
+
+
+NO_SPACE = OSError(28, "No space left on device")
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(
-    configured: Any, monkeypatch: pytest.MonkeyPatch
+    configured: Any, plots: None, log_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = trainer_module.checkpoints.CheckpointStore.save
 
@@ -501,12 +532,29 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(
         save(store, step, tensors, state)
 
     def fail(_: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise NO_SPACE
 
     monkeypatch.setattr(trainer_module.checkpoints.CheckpointStore, "save", full_at_step_eight)
     with pytest.raises(CheckpointError, match=r"step-00000008 .*No space left on device.*last good one is .*step-0+4"):
-        train(configured())
+        train(configured(log={"every": log_every}, evaluation={"every": 0}, steps=9))
     assert [path.name for path in (configured().run_dir / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize(("method", "step"), [("__init__", 0), ("write", 1)])
+def test_records_on_a_full_disk(
+    method: str, step: int, configured: Any, plots: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where closing the files and drawing the losses fail like what ended the run."""
+    config = configured()
+
+    def fail(*_: Any) -> None:
+        raise NO_SPACE
+
+    for name in (method, "close"):
+        monkeypatch.setattr(MetricsLog, name, fail)
+    message = rf"{config.run_dir} could not be written at step {step} .*No space left on device.*Free disk space"
+    with pytest.raises(TrainingError, match=message):
+        train(config)
 
 
 @pytest.mark.parametrize(
@@ -531,11 +579,26 @@ def test_a_vocabulary_larger_than_the_model(configured: Any) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(configured: Any) -> None:
-    with pytest.raises(RuntimeError, match="expected a CUDA GPU for device cuda, found none; choose cpu or auto"):
+    with pytest.raises(ConfigError, match="expected a CUDA GPU for device cuda, found none; choose cpu or auto"):
         train(configured(device="cuda"))
 
 
 # Reporting.
+
+
+@pytest.mark.parametrize(
+    ("quant", "said"),
+    [
+        ("none", "not quantized"),
+        ({"weight": "int4", "activation": "none"}, "int4-hadamard-trust weights, real activations"),
+        ({"weight": "none", "activation": "int8"}, "real weights, int8-hadamard-trust activations"),
+    ],
+)
+def test_the_first_line_says_what_is_quantized(
+    quant: Any, said: str, configured: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(configured(quant=quant, steps=1, evaluation={"every": 0}))
+    assert f"parameters, {said}, on 1 × cpu" in capsys.readouterr().out
 
 
 def test_tensorboard_has_the_curve(configured: Any) -> None:

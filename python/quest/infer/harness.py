@@ -127,7 +127,7 @@ def evaluate_tasks(
     manager = TaskManager()
     for task in tasks:
         if isinstance(task, str) and not manager.match_tasks([task]):
-            raise ValueError(f"eval: lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
+            raise ValueError(f"evaluate: lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
     harness = HarnessModel(model, tokenizer, batch_size)
     results = simple_evaluate(model=harness, tasks=list(tasks), limit=limit, task_manager=manager)
     scores: dict[str, dict[str, Any]] = results["results"]

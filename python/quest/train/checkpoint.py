@@ -98,10 +98,11 @@ class CheckpointStore:
             temporary.rename(path)
             _sync_directory(self.directory)
         except (OSError, RuntimeError, CheckpointException) as error:
+            free = _free_space(self.directory)  # while what was written still takes its share
             shutil.rmtree(temporary, ignore_errors=True)
             last = find_latest(self.directory)
             raise CheckpointError(
-                f"checkpoint {path} could not be written ({_cause(error)}); "
+                f"checkpoint {path} could not be written ({_cause(error)}; {free}); "
                 f"{f'the last good one is {last}' if last else 'there is none before it'}. "
                 f"Free disk space or choose another run_dir, then go on with --resume auto"
             ) from error
@@ -262,4 +263,13 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         failure = next(iter(error.failures.values()))
         error = failure[0] if isinstance(failure, tuple) else failure
+    if "inline_container" in str(error):  # of torch's ZIP writer, which tells the position where it got stuck alone
+        return "torch could not write the file, as happens on a full disk"
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+
+
+def _free_space(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path).free / 1e6:,.1f} MB are free there"
+    except OSError as error:  # the directory itself may be gone
+        return f"{path}: {error.strerror}"

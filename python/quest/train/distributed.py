@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quest.train.config import ConfigError
+
 
 @dataclass(frozen=True)
 class World:
@@ -48,12 +50,12 @@ def join_world(device: str) -> Iterator[World]:
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
 
     Raises:
-        RuntimeError: when CUDA is asked for and there is none.
+        ConfigError: when CUDA is asked for and there is none.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device: expected a CUDA GPU for device cuda, found none; choose cpu or auto")
+        raise ConfigError("device: expected a CUDA GPU for device cuda, found none; choose cpu or auto")
     here = torch.device("cpu")
     if device == "cuda":
         here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

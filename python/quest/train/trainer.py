@@ -15,7 +15,8 @@ import math
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -36,7 +37,7 @@ from quest.train.config import ConfigError, TrainConfig
 from quest.train.data import build_data, prepare_tokenizer
 from quest.train.diagnostics import Diagnostics
 from quest.train.distributed import World, join_world
-from quest.train.metrics import MetricsLog, ProgressReport, flops_per_token, peak_flops, peak_memory_gib
+from quest.train.metrics import MetricsLog, ProgressReport, flops_per_token, peak_flops, peak_memory_gib, read_records
 from quest.train.optim import WeightAverage, build_optimizer, clip_gradient, load_optimizer_state, optimizer_state
 from quest.train.plot import plot_losses
 from quest.train.schedule import learning_rate_factor
@@ -49,12 +50,12 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True)
 class TrainResult:
     """How a run ended: after `step` steps, with its last losses in nats. `finished`: it took all its steps;
-    `interrupted`: a signal stopped it, not its time limit."""
+    `signal`: the number of the one that stopped it, None where none did."""
 
     run_dir: Path
     step: int
     finished: bool
-    interrupted: bool
+    signal: int | None
     loss: float
     validation_loss: float | None
 
@@ -68,7 +69,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ConfigError, DataError: what was asked for cannot be done; nothing was changed.
         CheckpointError: a checkpoint could not be read or written.
-        TrainingError: the loss or the gradient is no longer finite.
+        TrainingError: the loss or the gradient is no longer finite, or the run's files could not be written.
     """
     with join_world(config.device) as world:
         stop = StopRequest(config.max_minutes)
@@ -82,12 +83,12 @@ class StopRequest:
     time since it was made is up."""
 
     def __init__(self, max_minutes: float | None) -> None:
-        self.signalled = False
+        self.signal: int | None = None
         self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     @property
     def made(self) -> bool:
-        return self.signalled or time.monotonic() > self.deadline
+        return self.signal is not None or time.monotonic() > self.deadline
 
     def __enter__(self) -> StopRequest:
         self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -98,7 +99,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signalled = True
+        self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -200,17 +201,15 @@ class Trainer:
                     if self.step % config.checkpoint.every == 0 or last:
                         self._save()
                     if stopped:
-                        reason = "a signal" if self.stop.signalled else "the time limit"
+                        reason = "the time limit" if self.stop.signal is None else "a signal"
                         report.say(f"stopped by {reason} at step {self.step}; go on with --resume auto")
                         break
             self.store.close()
         finally:
             self.data.close()
             if log is not None:
-                log.close()
-                if math.isfinite(loss):
-                    plot_losses([config.run_dir], config.run_dir / "loss.png")
-        return TrainResult(config.run_dir, self.step, self.step >= total, self.stop.signalled, loss, validation_loss)
+                self._close(log, report)
+        return TrainResult(config.run_dir, self.step, self.step >= total, self.stop.signal, loss, validation_loss)
 
     def _train_step(self) -> dict[str, Any]:
         """One optimizer step. Returns its loss, learning rate and gradient norm, and whether any process is to stop."""
@@ -358,9 +357,6 @@ class Trainer:
         """The run's files, opened; None in processes that do not report."""
         if not self.world.leads:
             return None
-        self.config.run_dir.mkdir(parents=True, exist_ok=True)
-        configs.dump(self.config, self.config.run_dir / "config.toml")
-        self.tokenizer.save(self.config.run_dir)
         environment = {
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -369,19 +365,48 @@ class Trainer:
             **info.describe(),
         }
         text = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
-        (self.config.run_dir / "environment.json").write_text(text, encoding="utf-8")
-        return MetricsLog(self.config.run_dir, self.config.log, self.step, configs.to_dict(self.config))
+        with self._writing():
+            self.config.run_dir.mkdir(parents=True, exist_ok=True)
+            configs.dump(self.config, self.config.run_dir / "config.toml")
+            self.tokenizer.save(self.config.run_dir)
+            (self.config.run_dir / "environment.json").write_text(text, encoding="utf-8")
+            return MetricsLog(self.config.run_dir, self.config.log, self.step, configs.to_dict(self.config))
 
     def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
         if log is not None:
-            log.write(self.step, record)
+            with self._writing():
+                log.write(self.step, record)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Within the block an error of the disk ends the run, and says where and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"the run directory {self.config.run_dir} could not be written at step {self.step} ({error}). "
+                f"Free disk space or choose another run_dir, then go on with --resume auto"
+            ) from error
+
+    def _close(self, log: MetricsLog, report: ProgressReport) -> None:
+        """Closes the run's files and draws its losses so far, if any; failing at that must not hide why it ended."""
+        run_dir = self.config.run_dir
+        try:
+            log.close()
+            if any("loss" in record for record in read_records(run_dir)):
+                plot_losses([run_dir], run_dir / "loss.png")
+        except OSError as error:
+            report.say(f"{run_dir}: its records could not be closed, or loss.png not be written: {error}")
 
     def _introduce(self, report: ProgressReport) -> None:
         quant = self.config.quant.build()
+        quantized = "not quantized"
+        if quant is not None:
+            quantized = f"{quant.weight or 'real'} weights, {quant.activation or 'real'} activations"
         shape = self.model.config
         report.say(
             f"{shape.non_embedding_parameters / 1e6:.1f} million non-embedding parameters, "
-            f"{f'{quant.weight} weights, {quant.activation} activations' if quant else 'not quantized'}, "
+            f"{quantized}, "
             f"on {self.world.size} × {self.world.device.type}; "
             f"{'resumed after' if self.step else 'starting at'} step {self.step} of {self.config.total_steps}; "
             f"writing to {self.config.run_dir}"

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,10 @@ def build_data(
 
 
 def prepare_tokenizer(config: DataConfig) -> Tokenizer:
-    """Loads the tokenizer of `config`, or trains it on the training documents, once for each corpus and size."""
+    """Loads the tokenizer of `config`, or trains it on the training documents, once for each corpus and size.
+
+    Raises DataError for sources and caches that cannot be used.
+    """
     if config.tokenizer != "train":
         return Tokenizer.load(config.tokenizer)
     corpus = Corpus(config.train, config)
@@ -95,7 +98,7 @@ def prepare_tokenizer(config: DataConfig) -> Tokenizer:
         "characters": _TOKENIZER_CHARS,
     }
     directory = _cache_dir(config) / f"{_slug(config.train)}-bpe{config.vocab_size}-{content_key(made_from)}"
-    with locked(directory):
+    with _making("training a tokenizer on", config.train, config), locked(directory):
         if not directory.exists():
             tokenizer = train_bpe(_training_text(corpus, config), config.vocab_size)
             partial = directory.with_name(directory.name + ".partial")
@@ -103,6 +106,18 @@ def prepare_tokenizer(config: DataConfig) -> Tokenizer:
             tokenizer.save(partial)
             partial.rename(directory)
         return Tokenizer.load(directory)
+
+
+@contextmanager
+def _making(what: str, sources: tuple[str, ...], config: DataConfig) -> Iterator[None]:
+    """Within the block an error of the disk or the network says what was made, of which sources, and where."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{what} {', '.join(sources)} into {_cache_dir(config)}: {error}; "
+            f"if its disk is full, free space or choose another data.cache_dir"
+        ) from error
 
 
 def _whole_cache(sources: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer) -> TokenCache:
@@ -170,17 +185,14 @@ def _caches(
     paths = {
         name: _cache_dir(config) / f"{_slug(sources)}-{name}-{content_key(m)}.tokens" for name, m in made_from.items()
     }
-    with locked(next(iter(paths.values()))):
+    with _making("tokenizing", sources, config), locked(next(iter(paths.values()))):
         if not all(path.exists() for path in paths.values()):
-            try:
-                with ExitStack() as stack:
-                    writers = {
-                        name: stack.enter_context(TokenCacheWriter(paths[name], made_from[name], tokenizer.vocab_size))
-                        for name in parts
-                    }
-                    _tokenize(corpus, tokenizer, lambda text: writers[part_of(text)], f"tokenizing {_slug(sources)}")
-            except OSError as error:
-                raise DataError(f"tokenizing {', '.join(sources)} into {_cache_dir(config)}: {error}") from error
+            with ExitStack() as stack:
+                writers = {
+                    name: stack.enter_context(TokenCacheWriter(paths[name], made_from[name], tokenizer.vocab_size))
+                    for name in parts
+                }
+                _tokenize(corpus, tokenizer, lambda text: writers[part_of(text)], f"tokenizing {_slug(sources)}")
     return [TokenCache.open(paths[name], made_from[name]) for name in parts]  # unlocked: each process checks its bytes
 
 
