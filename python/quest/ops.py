@@ -16,6 +16,8 @@ A 4:8 sparse quantizer stores its K/2 kept codes (values: all K, the pruned ones
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -88,7 +90,8 @@ def dequantize(
 ) -> Tensor:
     """x_hat [*, k] in dtype: scale times level, rotated back where quantizer.output is "original".
 
-    codes, scale, index: as quantize wrote them in this layout; index None unless the quantizer is 4:8 sparse.
+    codes, scale, index: as quantize wrote them in this layout; index None unless the quantizer is 4:8 sparse. A code
+    beyond the grid gives an unspecified value; `pack` checks.
     """
     return _op("dequantize")(codes, scale, index, str(quantizer), layout, k, dtype)
 
@@ -128,7 +131,8 @@ def gemm(
 ) -> Tensor:
     """gemm_int8, gemm_int4 or gemm_planes: y[m, n] = a_scale[m] w_scale[n] sum_k v_a[m, k] v_w[n, k] + bias[n].
 
-    The sum is exact, in int32. a, w: codes of M and N rows as quantize wrote them.
+    The sum is exact, in int32. a, w: codes of M and N rows as quantize wrote them; a code beyond the grid gives an
+    unspecified value; `pack` checks.
     family int8: each values (int8) or codes (uint8); int4: w packed, a packed, values (int8) or codes; planes: both
     planes, int grids of 1 to 4 bits. a_layout tells uint8 codes of family int4 from packed ones, which None takes.
     a_scale, w_scale: float32 [M], [N]; a_sum, w_sum: int32 [M], [N]; bias: float32 [N] or None.
@@ -203,10 +207,30 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def _fake(*names: str) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         for name in names:
-            torch.library.register_fake(f"quest::{name}", function)
+            torch.library.register_fake(f"quest::{name}", _on_one_device(name, function))
         return function
 
     return register
+
+
+def _on_one_device(name: str, fake: Callable[..., object]) -> Callable[..., object]:
+    """The fake, and the kernels' check of devices: one operand on "meta" makes a call the fake's, whose result would be
+    memory that nothing has written if it were on the device of another."""
+    parameters = tuple(inspect.signature(fake).parameters)
+
+    @functools.wraps(fake)
+    def checked(*args: object, **kwargs: object) -> object:
+        operands = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        (first, tensor), *others = [(key, value) for key, value in operands.items() if isinstance(value, Tensor)]
+        for key, other in others:
+            if other.device != tensor.device:
+                raise ValueError(
+                    f"{name}: expected {key} on the same device as {first}, got {other.device} and {tensor.device}; "
+                    "move one, or load what is on meta"
+                )
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 def _codes_shape(quantizer: Quantizer, layout: str, lead: tuple[int, ...], k: int) -> tuple[int, ...]:

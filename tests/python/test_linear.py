@@ -94,6 +94,24 @@ def test_packed_gives_the_same(a: str, w: str, family: str, device: torch.device
         assert_close(packed(x[0, 0]), y[0, 0].double())
 
 
+@pytest.mark.parametrize(
+    ("a", "w"), [("int4", "int4"), ("int1", "int1"), ("int8", "int8"), ("int4", SPARSE), ("none", "int4")]
+)
+def test_packed_in_a_cuda_graph(a: str, w: str, device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    layer, x, _ = layer_and_input(a, w, device)
+    packed, x = PackedLinear.from_linear(layer), x.detach()
+    other = torch.randn_like(x)
+    expected = packed(other)  # also the first call, which may load kernels and set them up: no work for a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = packed(x)
+    x.copy_(other)
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("a", "w"), [("int4", "int4"), ("none", "int4"), ("int4", "none"), ("gauss4", "gauss4")])
 def test_half_precision_parameters(a: str, w: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -251,6 +251,17 @@ def test_operands_on_two_devices(device: torch.device) -> None:
         torch.ops.quest.gemm_int8(*dense("values", "values", device, w=elsewhere))
 
 
+@pytest.mark.parametrize("sample", range(len(NAMES)), ids=[f"{name}-{i}" for i, name in enumerate(NAMES)])
+def test_one_operand_on_meta(sample: int) -> None:
+    """The fake computes nothing, so what it gives must not pass for a result."""
+    name, arguments = samples(torch.device("cpu"))[sample]
+    tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, Tensor)]
+    for i in tensors if len(tensors) > 1 else []:
+        mixed = (*arguments[:i], arguments[i].to("meta"), *arguments[i + 1 :])
+        with pytest.raises(ValueError, match=f"{name}: expected .* on the same device as .*, got .*meta"):
+            getattr(torch.ops.quest, name)(*mixed)
+
+
 def test_import_without_the_extension_says_what_to_do() -> None:
     program = "import sys; sys.modules['quest._C'] = None; import quest"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
