@@ -81,8 +81,8 @@ def _product(
     bias = None if bias is None else bias.float()
     left = (a.codes, a.scale, a.code_sum, a_grid)
     if plan.family == "sparse":
-        sparse = (w.codes, w.scale, w.code_sum, w.pair_index, w_grid)
-        return ops.gemm_sparse(*left, *sparse, k, bias, dtype, plan.a_layout)
+        both = (*left, w.codes, w.scale, w.code_sum, w.pair_index, w_grid)
+        return ops.gemm_sparse(*both, k, bias, dtype, plan.a_layout)
     family = cast(ops.Family, plan.family)
     right = (w.codes, w.scale, w.code_sum, w_grid)
     return ops.gemm(family, *left, *right, k, bias, dtype, plan.a_layout)

@@ -261,7 +261,7 @@ def unpack_nibbles(data: Tensor, k: int) -> Tensor:
 
 def even_odd(codes: Tensor) -> Tensor:
     """Codes [*, K] -> uint8 [*, K to a multiple of 64]: of every 64 columns the even ones, then the odd ones."""
-    blocks = F.pad(codes, (0, -codes.shape[-1] % 64)).unflatten(-1, (-1, 32, 2))
+    blocks = torch.unflatten(F.pad(codes, (0, -codes.shape[-1] % 64)), -1, (-1, 32, 2))
     return blocks.transpose(-1, -2).flatten(-3).to(torch.uint8)
 
 
