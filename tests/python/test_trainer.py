@@ -196,7 +196,8 @@ def test_every_option_trains_and_resumes_to_the_bit(sections: dict[str, Any], co
 
 
 def test_resumed_losses_are_those_of_the_run_never_stopped(configured: Any, device: torch.device) -> None:
-    """On a GPU too, where the order of some sums is not fixed: up to their rounding."""
+    """On a GPU too, where the order of some sums is not fixed and a code may change with their rounding."""
+    tolerance = 1e-6 if device.type == "cpu" else 1e-3
     sections = {
         "device": device.type,
         "precision": "auto",
@@ -208,8 +209,8 @@ def test_resumed_losses_are_those_of_the_run_never_stopped(configured: Any, devi
     resumed = train(configured("resumed", **sections, resume=str(middle)))
     for (step, a), (other, b) in zip(losses(resumed.run_dir), losses(straight.run_dir)[4:], strict=True):
         assert step == other
-        assert a == pytest.approx(b, rel=1e-6)
-    assert resumed.validation_loss == pytest.approx(straight.validation_loss, rel=1e-6)
+        assert a == pytest.approx(b, rel=tolerance)
+    assert resumed.validation_loss == pytest.approx(straight.validation_loss, rel=tolerance)
 
 
 def test_overrides_reach_the_layers(configured: Any) -> None:

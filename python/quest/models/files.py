@@ -1,4 +1,4 @@
-"""What the model formats share: directories that appear complete or not at all, and JSON files with clear errors."""
+"""What the formats share: directories and files that appear whole or not at all, and JSON files with clear errors."""
 
 from __future__ import annotations
 
@@ -42,6 +42,17 @@ def new_directory(target: str | Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(work)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes or replaces a text file, in UTF-8: a full disk or a killed process leaves an earlier one as it was."""
+    part = file.with_name(file.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from quest.models.files import write_text
+
 END_OF_TEXT = "<|endoftext|>"
 # The end-of-document tokens of GPT-2, Llama 1 and 2, and Llama 3, for a tokenizer.json that comes without its
 # configuration.
@@ -80,9 +82,9 @@ class Tokenizer:
         too."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        write_text(directory / "tokenizer.json", self._backend.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without separator."""

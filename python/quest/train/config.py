@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tomli_w
 import tyro
 
+from quest.models.files import write_text
 from quest.models.llama import PRESETS, LlamaConfig
 from quest.precision import Precision
 from quest.quantizer import QuantConfig
@@ -406,7 +407,7 @@ def load(path: str | Path) -> TrainConfig:
 
 def dump(config: TrainConfig, path: Path) -> None:
     """Writes every field, defaults too, so that the file means the same when defaults change."""
-    path.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    write_text(path, tomli_w.dumps(to_dict(config)))
 
 
 def from_dict(data: dict[str, Any]) -> TrainConfig:

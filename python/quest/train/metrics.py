@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from quest.models.files import write_text
 from quest.models.llama import LlamaConfig
 from quest.train.config import ConfigError, LogConfig
 
@@ -77,9 +78,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, config: LogConfig, resume_step: int, settings: Mapping[str, Any]) -> None:
         path = run_dir / _RECORDS
         kept = [record for record in read_records(run_dir) if record["step"] <= resume_step] if resume_step else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.rename(path)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.stream = path.open("a", encoding="utf-8", buffering=1)
         self.board: Any = None
         self.wandb: Any = None

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import quest
 from quest import info
+from quest.models.files import write_text
 from quest.models.llama import Llama
 from quest.precision import autocast, product_dtype
 from quest.train import checkpoint as checkpoints
@@ -369,7 +370,7 @@ class Trainer:
             self.config.run_dir.mkdir(parents=True, exist_ok=True)
             configs.dump(self.config, self.config.run_dir / "config.toml")
             self.tokenizer.save(self.config.run_dir)
-            (self.config.run_dir / "environment.json").write_text(text, encoding="utf-8")
+            write_text(self.config.run_dir / "environment.json", text)
             return MetricsLog(self.config.run_dir, self.config.log, self.step, configs.to_dict(self.config))
 
     def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
