@@ -196,11 +196,11 @@ def test_every_option_trains_and_resumes_to_the_bit(sections: dict[str, Any], co
 
 
 def test_resumed_losses_are_those_of_the_run_never_stopped(configured: Any, device: torch.device) -> None:
-    """On a GPU too, where the order of some sums is not fixed and a code may change with their rounding."""
-    tolerance = 1e-6 if device.type == "cpu" else 1e-3
+    """On a GPU too, in bfloat16."""
     sections = {
         "device": device.type,
         "precision": "auto",
+        "deterministic": True,
         "average": {"name": "ema"},
         "checkpoint": {"asynchronous": True},
     }
@@ -209,8 +209,24 @@ def test_resumed_losses_are_those_of_the_run_never_stopped(configured: Any, devi
     resumed = train(configured("resumed", **sections, resume=str(middle)))
     for (step, a), (other, b) in zip(losses(resumed.run_dir), losses(straight.run_dir)[4:], strict=True):
         assert step == other
-        assert a == pytest.approx(b, rel=tolerance)
-    assert resumed.validation_loss == pytest.approx(straight.validation_loss, rel=tolerance)
+        assert a == pytest.approx(b, rel=1e-6)
+    assert resumed.validation_loss == pytest.approx(straight.validation_loss, rel=1e-6)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_holds_while_it_trains(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(*arguments: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return losses_of(*arguments)
+
+    monkeypatch.setattr(trainer_module, "losses_of", look)
+    train(configured("usual", steps=1))
+    train(configured("deterministic", steps=1, deterministic=True))
+    assert set(seen[: len(seen) // 2]) == {False}
+    assert set(seen[len(seen) // 2 :]) == {True}
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_overrides_reach_the_layers(configured: Any) -> None:

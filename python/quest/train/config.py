@@ -296,6 +296,9 @@ class TrainConfig:
     """Of the products; weights and optimizer are float32. `auto`: bfloat16 on CUDA, float32 on the CPU."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    deterministic: bool = False
+    """Sum in a fixed order on a GPU too, so that a run can be repeated and a resumed one is as if it had never stopped.
+    Slower in the gradient of attention."""
     resume: str = "none"
     """`auto` goes on from the run's latest checkpoint if there is one; or a checkpoint's path; `none` starts anew."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -72,11 +73,27 @@ def train(config: TrainConfig) -> TrainResult:
         CheckpointError: a checkpoint could not be read or written.
         TrainingError: the loss or the gradient is no longer finite, or the run's files could not be written.
     """
-    with join_world(config.device) as world:
+    with join_world(config.device) as world, deterministic_algorithms(config.deterministic):
         stop = StopRequest(config.max_minutes)
         trainer = Trainer(config, world, stop)
         with stop:  # only now: before the first step there is nothing to save, and tokenizing may take hours
             return trainer.run()
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Within the block torch takes, if wanted, the algorithms that sum in a fixed order; it warns where it has none."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 class StopRequest:
