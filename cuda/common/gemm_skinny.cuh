@@ -44,14 +44,25 @@ struct SkinnyRows {
 
 // What a lane loads of a weight row, kLaneColumns, and what it becomes. `part`: of 16 bytes of a, `p`: words 2p and 2p + 1 of them (beyond
 // the row: anything finite, a is 0 there). order: the 16 bytes of a that part belongs to, to the same order. kDepth: slices that a warp has
-// on their way.
-struct SkinnyBytes {
-  static constexpr int kDepth = 2, kLaneColumns = 32, kColumnBytes = 1;
+// on their way. kColumnBytes: of a column of a.
+template <int COLUMN_BYTES>
+struct ByteColumns {
+  static constexpr int kDepth = 2, kLaneColumns = 32, kColumnBytes = COLUMN_BYTES;
   uint4 loaded[2];
   __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) {
     loaded[0] = source.load(row, column);
     loaded[1] = source.load(row, column + 16);
   }
+};
+
+template <int COLUMN_BYTES>
+struct PackedColumns {
+  static constexpr int kDepth = 4, kLaneColumns = 32, kColumnBytes = COLUMN_BYTES;
+  uint4 loaded;
+  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) { loaded = source.load(row, column / 2); }
+};
+
+struct SkinnyBytes : ByteColumns<1> {
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint4& half = loaded[part];
     return p == 0 ? make_uint2(half.x ^ source.flip, half.y ^ source.flip) : make_uint2(half.z ^ source.flip, half.w ^ source.flip);
@@ -64,10 +75,7 @@ __device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
 }
 
 // Codes: the even ones of 8 and the odd ones.
-struct SkinnyNibbles {
-  static constexpr int kDepth = 4, kLaneColumns = 32, kColumnBytes = 1;
-  uint4 loaded;
-  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) { loaded = source.load(row, column / 2); }
+struct SkinnyNibbles : PackedColumns<1> {
   __device__ __forceinline__ uint2 words(const SkinnyRows&, int part, int p) const {
     const uint32_t codes = word_of(loaded, 2 * part + p);
     return make_uint2(codes & 0x0F0F0F0Fu, codes >> 4 & 0x0F0F0F0Fu);
@@ -206,10 +214,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
 // ---- host
 
 // Whether the kernel takes the rows of an operand as they are stored: a as int8 integers, w also as 8-bit codes and nibbles.
-inline bool is_skinny_a(const Operand& a, int64_t k) {
-  const bool bytes = a.layout == Layout::kValues || (a.layout == Layout::kCodes && a.grid.bits < 8 && !is_fp4(a));
-  return bytes && is_aligned(a.data, 16) && k % 16 == 0;
-}
+inline bool is_skinny_a(const Operand& a, int64_t k) { return is_bytes(a) && is_aligned(a.data, 16) && k % 16 == 0; }
 inline bool is_skinny_w(const Operand& w, int64_t k) {
   if (w.layout == Layout::kPacked) return is_aligned(w.data, 16);
   return (w.layout == Layout::kValues || !is_fp4(w)) && is_aligned(w.data, 16) && k % 16 == 0;

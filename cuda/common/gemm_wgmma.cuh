@@ -437,11 +437,6 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
               dim3(kWgmmaThreads), Tile::SHARED_BYTES, stream, a_map, w_map, index_map, y_map, problem);
 }
 
-// Whether an operand's bytes are int8 integers of its affine map: values, and codes of up to 7 bits.
-inline bool is_bytes(const Operand& operand) {
-  return operand.layout == Layout::kValues || (operand.layout == Layout::kCodes && operand.grid.bits < 8 && !is_fp4(operand));
-}
-
 // Whether this GPU has the code, and the copy engine can read both operands: rows that start at multiples of 16 bytes.
 inline bool takes_wgmma(const Operand& a, const Operand& w, int64_t k, const Device& device) {
   return device.hopper_code && k > 0 && is_aligned(a.data, 16) && is_aligned(w.data, 16) && row_bytes(a.layout, k) % 16 == 0 &&

@@ -117,6 +117,11 @@ struct SparseRows {
 
 inline bool is_fp4(const Operand& operand) { return operand.grid.kind == GridKind::kFp4; }
 
+// Whether an operand's bytes are int8 integers of its affine map: values, and codes of up to 7 bits.
+inline bool is_bytes(const Operand& operand) {
+  return operand.layout == Layout::kValues || (operand.layout == Layout::kCodes && operand.grid.bits < 8 && !is_fp4(operand));
+}
+
 inline ByteRows plain_rows(const void* data, int64_t rows, int64_t row_bytes) {
   ByteRows result{};
   result.data = static_cast<const uint8_t*>(data);

@@ -133,10 +133,7 @@ __device__ __forceinline__ uint4 order_pairs(uint4 x) {
 
 // 4-bit codes of a grid of equal steps: bits of a code below those of a power of two are a float that is exactly so much larger.
 template <typename Mma>
-struct FloatNibbles {
-  static constexpr int kDepth = 4, kLaneColumns = 32, kColumnBytes = 2;
-  uint4 loaded;
-  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) { loaded = source.load(row, column / 2); }
+struct FloatNibbles : PackedColumns<2> {
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded, part) >> 8 * p;
     auto pair = [&](uint32_t two) {
@@ -149,10 +146,7 @@ struct FloatNibbles {
 };
 
 // 4-bit codes of any grid.
-struct FloatTable {
-  static constexpr int kDepth = 4, kLaneColumns = 32, kColumnBytes = 2;
-  uint4 loaded;
-  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) { loaded = source.load(row, column / 2); }
+struct FloatTable : PackedColumns<2> {
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded, part) >> 16 * p;
     const uint32_t low = look_up_nibbles(source.table, codes), high = look_up_nibbles(source.high_table, codes);
@@ -163,13 +157,7 @@ struct FloatTable {
 
 // Codes of a byte, of a grid of equal steps.
 template <typename Mma>
-struct FloatBytes {
-  static constexpr int kDepth = 2, kLaneColumns = 32, kColumnBytes = 2;
-  uint4 loaded[2];
-  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) {
-    loaded[0] = source.load(row, column);
-    loaded[1] = source.load(row, column + 16);
-  }
+struct FloatBytes : ByteColumns<2> {
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded[part / 2], part % 2 * 2 + p);
     auto level = [&](uint32_t selector) {  // 0x4700cc00 is the float 32768 + c

@@ -62,7 +62,7 @@ Matrix make(Random& random, Grid grid, Layout layout, int64_t rows, int64_t k, F
   if (layout == Layout::kEvenOdd) {
     const int64_t stride = row_bytes(layout, k);
     m.data.resize(rows * stride);
-    for (int64_t i = 0; i < rows * k; ++i) m.data[i / k * stride + i % k / 64 * 64 + i % k % 2 * 32 + i % k % 64 / 2] = codes[i];
+    for (int64_t i = 0; i < rows * k; ++i) m.data[i / k * stride + testing::even_odd_column(i % k)] = codes[i];
   }
   if (layout == Layout::kPacked || layout == Layout::kPlanes) {
     m.data.resize(rows * row_bytes(layout, width) * (layout == Layout::kPlanes ? grid.bits : 1));

@@ -117,7 +117,7 @@ struct Output {
     const uint8_t* data = codes.data() + row * row_bytes(layout, width);
     if (layout == Layout::kCodes) return data[j];
     if (layout == Layout::kValues) return static_cast<int8_t>(data[j]);
-    if (layout == Layout::kEvenOdd) return data[j / 64 * 64 + j % 2 * 32 + j % 64 / 2];
+    if (layout == Layout::kEvenOdd) return data[testing::even_odd_column(j)];
     if (layout == Layout::kPacked) return data[j / 2] >> (j % 2 * 4) & 15;
     int32_t code = 0;
     for (int32_t p = 0; p < q.grid.bits; ++p) code |= (data[p * rows * row_bytes(layout, width) + j / 8] >> (j % 8) & 1) << p;

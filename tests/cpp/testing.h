@@ -136,6 +136,9 @@ inline float element(const std::vector<uint8_t>& data, DType dtype, int64_t i) {
   return value;
 }
 
+// Where kEvenOdd puts a column of its row.
+constexpr int64_t even_odd_column(int64_t column) { return column / 64 * 64 + column % 2 * 32 + column % 64 / 2; }
+
 // The neighbouring element of dtype towards zero, for making values of a 16-bit dtype: truncation is as good as rounding for inputs.
 inline std::vector<uint8_t> to_dtype(const std::vector<float>& values, DType dtype) {
   std::vector<uint8_t> data(values.size() * element_size(dtype));

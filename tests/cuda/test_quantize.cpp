@@ -104,7 +104,7 @@ void expect_same_codes(const Quantizer& quantizer, Layout layout, const Result& 
     expected = codes.codes;
   } else if (layout == Layout::kEvenOdd) {
     for (int64_t i = 0; i < rows * k; ++i) {
-      expected[i / k * row_bytes(layout, k) + i % k / 64 * 64 + i % k % 2 * 32 + i % k % 64 / 2] = codes.codes[i];
+      expected[i / k * row_bytes(layout, k) + testing::even_odd_column(i % k)] = codes.codes[i];
     }
   } else {
     pack(quantizer.grid, layout, codes.codes.data(), expected.data(), rows, stored, serial_for);
