@@ -187,10 +187,10 @@ Tensor linear(const Tensor& x, std::string a_quantizer, const Tensor& w, const T
   check(activation.rotation == weight.rotation, op, ": the rotations of ", a_quantizer, " and ", w_quantizer,
         " differ, so their codes have no common space; dequantize both with output \"original\"");
   check(activation.sparsity == Sparsity::kNone, op, ": expected a dense activation quantizer, got ", a_quantizer);
-  const GemmOperands plan = plan_operands(weight.grid, &activation.grid, weight.sparsity);
-  check(plan.family != GemmFamily::kDequantized, op, ": ", a_quantizer, " x ", w_quantizer, " is no product of integers; dequantize both");
   const int64_t k = x.size(x.dim() - 1);
   const Shape lead = lead_shape(x);
+  const GemmOperands plan = plan_operands(weight.grid, &activation.grid, weight.sparsity, product(lead), k);
+  check(plan.family != GemmFamily::kDequantized, op, ": ", a_quantizer, " x ", w_quantizer, " is no product of integers; dequantize both");
   const Tensor flat = torch::stable::reshape(x, Shape{product(lead), k});
   const OperandTensors right(op, "w", w, w_scale, w_sum, w_index, weight.grid, plan.w, k);
   const Quantized quantized = quantize(op, flat, activation, plan.a, /*mask=*/false);

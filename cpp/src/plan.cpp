@@ -74,7 +74,7 @@ std::string to_string(GemmFamily family) {
   return "dequantized";
 }
 
-GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity) {
+GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity, int64_t m, int64_t k) {
   check_grid(weight);
   const Layout narrow = weight.bits <= 4 ? Layout::kPacked : Layout::kCodes;
   if (activation == nullptr) {
@@ -104,6 +104,10 @@ GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsit
   const bool codes = activation->kind != GridKind::kFp4 && weight.kind != GridKind::kFp4 && activation->bits < 8;
   const Layout bytes = codes ? Layout::kCodes : Layout::kValues;
   if (weight.bits <= 4) {
+    if (codes && activation->bits <= 4 && plan_skinny(GemmFamily::kInt4, m, k, 90)) {
+      return {GemmFamily::kInt4, Layout::kPacked, Layout::kPacked,
+              "few rows: every multiprocessor reads all of a, which takes half the time when it is packed too"};
+    }
     return {GemmFamily::kInt4, bytes, Layout::kPacked, "4-bit weights stay packed, and are widened to bytes on the way"};
   }
   return {GemmFamily::kInt8, bytes, Layout::kCodes, "more than 4 bits: one byte an element on both sides"};
@@ -145,9 +149,11 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
 }
 
 int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability) {
-  const bool floats = family == GemmFamily::kWeightOnly;
-  if (k == 0 || (family != GemmFamily::kInt8 && family != GemmFamily::kInt4 && !floats)) return 0;
-  const int64_t bytes = floats ? (2 * k + 1023) / 1024 * 1024 : (k + 127) / 128 * 128;  // of a row, in slices of at most 1024
+  if (k == 0) return 0;
+  if (family == GemmFamily::kInt4) return 64;
+  if (family == GemmFamily::kInt8) return kSkinny.block_m;
+  if (family != GemmFamily::kWeightOnly) return 0;
+  const int64_t bytes = (2 * k + 1023) / 1024 * 1024;  // of a row, in slices of at most 1024
   const int64_t room = skinny_room(compute_capability);
   return 16 * bytes <= room ? 16 : 8 * bytes <= room ? 8 : 0;
 }

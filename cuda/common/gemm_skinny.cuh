@@ -1,18 +1,24 @@
-// The product for at most 16 rows of a, where reading the weight once is all that counts: on mma.sync, weights straight from memory to
+// The product for few rows of a, where reading the weight once is all that counts: on mma.sync, weights straight from memory to
 // registers.
 //
-// A thread block keeps all of a in shared memory and stays; it has two teams of 8 warps. A team makes 16 columns of y at a time: its warps
-// share K, and their sums meet in shared memory in a fixed order, so there is one launch and no atomics. A warp always has the loads of its
-// next few slices on their way, across tiles too. The code is short on purpose: it is read from memory once for a few microseconds of work.
+// A thread block takes neighbouring columns of y and stays; it has teams of a few warps. A team makes 16 columns at a time: its warps share
+// K, and their sums meet in shared memory in a fixed order, so there is one launch and no atomics. A warp always has the loads of its next
+// few slices on their way, across tiles too. The code is short on purpose: it runs for a few microseconds, of which instructions that are
+// executed once, and fetched for it, are a large part (half of the instructions before the main loop took 1 us less, of 6 to 17).
 //
 // The weight is the left operand of the instruction, so its 16 rows are full. In a slice of 4 L columns, lane (g, t) = (lane / 4, lane % 4)
 // holds the L columns from L t on of the weight rows g and g + 8 and of the rows g and g + 8 of a. The instruction sums over K in any order
-// as long as both operands agree, so word i of a lane may be what it calls column 4t or 16 + 4t, and a is stored in whatever order
+// as long as both operands agree, so word i of a lane may be what it calls column 4t or 16 + 4t, and a is brought to whatever order
 // unpacking the weight is cheapest.
+//
+// Integer activations go the way of the weight: every warp loads the part of a that it multiplies, and the first cache keeps it for the next
+// tile. (In shared memory they would have to be there before the first product: 1 to 3 us.) Real ones, of two bytes a column, are kept in
+// shared memory.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/epilogue.cuh"
 #include "common/operands.cuh"
@@ -21,193 +27,317 @@
 
 namespace quest::cuda {
 
-inline constexpr int kSkinnyTeams = 2, kSkinnyWarps = 8;
-inline constexpr int kTeamThreads = 32 * kSkinnyWarps, kSkinnyThreads = kSkinnyTeams * kTeamThreads;
-inline constexpr int kSkinnyM = 16, kSkinnyN = 16;
+inline constexpr int kSkinnyWarps = 16, kSkinnyThreads = 32 * kSkinnyWarps;  // of a thread block
+inline constexpr int kSkinnyN = 16;
+inline constexpr int kLoadedBytes = 256;        // of a lane, on their way from memory: half of its registers
 inline constexpr int kSumPitch = kSkinnyN + 4;  // words between rows of a warp's sums: its lanes then write to 32 banks
 
 // Rows that start at multiples of 16 bytes, and what unpacking them takes.
 struct SkinnyRows {
   const uint8_t* data;
-  int64_t rows, row_bytes;
   int64_t plane_bytes;
+  uint32_t rows, row_bytes;
   uint32_t flip;                // of bytes: 0x80808080 makes c - 128 of 8-bit codes
   uint4 table, high_table;      // of nibbles that are looked up: bytes, or the low and the high bytes of 16-bit floats
   float mul, add;               // level = mul code + add
   uint32_t mul_pair, add_pair;  // the same, twice each in 16 bits
 
-  __device__ __forceinline__ uint4 load(int64_t row, int64_t byte) const {
-    if (row >= rows || byte >= row_bytes) return make_uint4(0, 0, 0, 0);
-    return *reinterpret_cast<const uint4*>(data + row * row_bytes + byte);
-  }
-};
-
-// What a lane loads of a weight row, kLaneColumns, and what it becomes. `part`: of 16 bytes of a, `p`: words 2p and 2p + 1 of them (beyond
-// the row: anything finite, a is 0 there). order: the 16 bytes of a that part belongs to, to the same order. kDepth: slices that a warp has
-// on their way. kColumnBytes: of a column of a.
-template <int COLUMN_BYTES>
-struct ByteColumns {
-  static constexpr int kDepth = 2, kLaneColumns = 32, kColumnBytes = COLUMN_BYTES;
-  uint4 loaded[2];
-  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) {
-    loaded[0] = source.load(row, column);
-    loaded[1] = source.load(row, column + 16);
-  }
-};
-
-template <int COLUMN_BYTES>
-struct PackedColumns {
-  static constexpr int kDepth = 4, kLaneColumns = 32, kColumnBytes = COLUMN_BYTES;
-  uint4 loaded;
-  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) { loaded = source.load(row, column / 2); }
-};
-
-struct SkinnyBytes : ByteColumns<1> {
-  __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
-    const uint4& half = loaded[part];
-    return p == 0 ? make_uint2(half.x ^ source.flip, half.y ^ source.flip) : make_uint2(half.z ^ source.flip, half.w ^ source.flip);
-  }
-  static __device__ __forceinline__ uint4 order(uint4 columns) { return columns; }
+  __device__ __forceinline__ const uint8_t* row(uint32_t i) const { return data + static_cast<uint64_t>(i) * row_bytes; }
 };
 
 __device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
+// ---- what a lane loads of a weight row, kLaneBytes of every plane for kLaneColumns, and what it becomes: words 2p and 2p + 1 of `part`,
+// which belongs to 16 bytes of a. Bytes beyond the row are its last ones: what comes of them is multiplied by a zero. kDepth: the most slices
+// that a warp has on their way.
+
+__device__ __forceinline__ uint4 load_weight(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
+  return load_once(row + min(byte, source.row_bytes - 16));
+}
+
+struct ByteColumns {
+  static constexpr int kDepth = 2, kLaneColumns = 32, kLaneBytes = 32;
+  uint4 loaded[2];
+  __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
+    loaded[0] = load_weight(source, row, byte);
+    loaded[1] = load_weight(source, row, byte + 16);
+  }
+};
+
+struct PackedColumns {
+  static constexpr int kDepth = 4, kLaneColumns = 32, kLaneBytes = 16;
+  uint4 loaded;
+  __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
+    loaded = load_weight(source, row, byte);
+  }
+};
+
+// Bytes, or the bits of a plane.
+struct SkinnyBytes : ByteColumns {
+  __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
+    const uint4& half = loaded[part];
+    return p == 0 ? make_uint2(half.x ^ source.flip, half.y ^ source.flip) : make_uint2(half.z ^ source.flip, half.w ^ source.flip);
+  }
+};
+
 // Codes: the even ones of 8 and the odd ones.
-struct SkinnyNibbles : PackedColumns<1> {
+struct SkinnyNibbles : PackedColumns {
   __device__ __forceinline__ uint2 words(const SkinnyRows&, int part, int p) const {
     const uint32_t codes = word_of(loaded, 2 * part + p);
     return make_uint2(codes & 0x0F0F0F0Fu, codes >> 4 & 0x0F0F0F0Fu);
   }
-  static __device__ __forceinline__ uint4 order(uint4 columns) {
-    return make_uint4(__byte_perm(columns.x, columns.y, 0x6420), __byte_perm(columns.x, columns.y, 0x7531),
-                      __byte_perm(columns.z, columns.w, 0x6420), __byte_perm(columns.z, columns.w, 0x7531));
-  }
 };
 
 // Values by table.
-struct SkinnyTable : SkinnyNibbles {
+struct SkinnyTable : PackedColumns {
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded, 2 * part + p);
     return make_uint2(look_up_nibbles(source.table, codes), look_up_nibbles(source.table, codes >> 16));
   }
-  static __device__ __forceinline__ uint4 order(uint4 columns) { return columns; }
 };
 
-// Where 16 bytes of lane t's lie in a row of a slice: neighbours swapped in odd rows, so that eight lanes read 32 banks.
-__device__ __forceinline__ int part_offset(int row, int t, int part) { return (part ^ (row & 1)) * 64 + t * 16; }
+// ---- the same for a, whose bytes beyond the row are zeros
 
-__device__ __forceinline__ void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(kTeamThreads) : "memory"); }
+__device__ __forceinline__ uint4 load_activation(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
+  uint4 loaded = make_uint4(0, 0, 0, 0);
+  if (byte < source.row_bytes) loaded = *reinterpret_cast<const uint4*>(row + byte);
+  return loaded;
+}
 
-// TILES_M: of 8 rows of a.
-template <typename Mma, typename W, typename Epilogue, int TILES_M>
+// For SkinnyNibbles.
+struct StreamedNibbles {
+  static constexpr bool kResident = false;
+  static constexpr int kLaneBytes = 16;
+  uint4 loaded;
+  __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
+    loaded = load_activation(source, row, byte);
+  }
+  __device__ __forceinline__ uint4 part(int i) const {
+    const uint32_t first = word_of(loaded, 2 * i), second = word_of(loaded, 2 * i + 1);
+    return make_uint4(first & 0x0F0F0F0Fu, first >> 4 & 0x0F0F0F0Fu, second & 0x0F0F0F0Fu, second >> 4 & 0x0F0F0F0Fu);
+  }
+};
+
+// EVEN_ODD: for SkinnyNibbles.
+template <bool EVEN_ODD>
+struct StreamedBytes {
+  static constexpr bool kResident = false;
+  static constexpr int kLaneBytes = 32;
+  uint4 loaded[2];
+  __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
+    loaded[0] = load_activation(source, row, byte);
+    loaded[1] = load_activation(source, row, byte + 16);
+  }
+  __device__ __forceinline__ uint4 part(int i) const {
+    const uint4& x = loaded[i];
+    if constexpr (!EVEN_ODD) return x;
+    return make_uint4(__byte_perm(x.x, x.y, 0x6420), __byte_perm(x.x, x.y, 0x7531), __byte_perm(x.z, x.w, 0x6420),
+                      __byte_perm(x.z, x.w, 0x7531));
+  }
+};
+
+// 16-bit floats in shared memory, in the order of W::order. A row of a slice is kParts pieces of 16 bytes for every lane; a lane's lie 64
+// bytes apart, neighbours swapped in odd rows, so that eight lanes read 32 banks.
+template <typename W>
+struct ResidentFloats {
+  static constexpr bool kResident = true;
+  static constexpr int kParts = W::kLaneColumns / 8, kSliceBytes = 4 * 16 * kParts;
+
+  static __device__ __forceinline__ int offset(int row, int t, int part) { return (part ^ (row & 1)) * 64 + t * 16; }
+  // Of row `row` of all slices' rows; parity: that of the row in a.
+  static __device__ __forceinline__ uint4 part(const uint8_t* shared, int row, int parity, int t, int part) {
+    return *reinterpret_cast<const uint4*>(shared + row * kSliceBytes + offset(parity, t, part));
+  }
+
+  // All of a. A thread stays in one row.
+  template <int ROWS>
+  static __device__ __forceinline__ void store(const SkinnyRows& source, int slices, uint8_t* target) {
+    constexpr uint32_t kPieces = kSliceBytes / 16, kRowThreads = kSkinnyThreads / ROWS;
+    constexpr int kBatch = 8;  // loads of a thread that are on their way together
+    const uint32_t row = threadIdx.x / kRowThreads, pieces = slices * kPieces;
+    const uint8_t* const source_row = source.row(min(row, source.rows - 1));
+    for (uint32_t first = threadIdx.x % kRowThreads; first < pieces; first += kBatch * kRowThreads) {
+      uint4 loaded[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) loaded[b] = load_activation(source, source_row, (first + b * kRowThreads) * 16);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const uint32_t i = first + b * kRowThreads, piece = i % kPieces, slice = i / kPieces;
+        if (i < pieces) {
+          *reinterpret_cast<uint4*>(target + (slice * ROWS + row) * kSliceBytes + offset(row, piece / kParts, piece % kParts)) =
+              W::order(loaded[b]);
+        }
+      }
+    }
+  }
+};
+
+// The columns of y that a thread block makes: in units of 8, `least` and for the first `more` blocks one more.
+struct SkinnyShares {
+  int32_t least, more;
+};
+
+// What the epilogue needs of a row of y.
+struct SkinnyRow {
+  float scale;
+  uint32_t part;
+};
+
+// TILES_M: of 8 rows of a. TEAM_WARPS: that share K.
+template <typename Mma, typename W, typename A, typename Epilogue, int TILES_M, int TEAM_WARPS>
+struct SkinnyKernel {
+  using Accumulator = typename Mma::Accumulator;
+  static constexpr int kRows = 8 * TILES_M, kTeams = kSkinnyWarps / TEAM_WARPS, kTeamThreads = 32 * TEAM_WARPS;
+  static constexpr int kWeightSlice = 4 * W::kLaneBytes;
+  // Many rows of a would take all registers: they are loaded when they are needed, which is soon enough for what the first cache has.
+  static constexpr bool kLoadsAhead = !A::kResident && TILES_M <= 2;
+  static constexpr int kSliceBytes = 2 * sizeof(W) + (kLoadsAhead ? TILES_M * sizeof(A) : 0);
+  static constexpr int kDepth = std::min(W::kDepth, kLoadedBytes / kSliceBytes);
+  static constexpr int kBuffers = TILES_M <= 2 ? 2 : 1;  // of sums: of a tile, and of the next
+  static constexpr int kBufferSums = TEAM_WARPS * kRows * kSumPitch;
+  static constexpr int kSharedBytes = kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(Accumulator)) + kRows * static_cast<int>(sizeof(SkinnyRow)));
+};
+
+template <typename Mma, typename W, typename A, typename Epilogue, int TILES_M, int TEAM_WARPS>
 __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __grid_constant__ SkinnyRows a_source,
                                                                         const __grid_constant__ SkinnyRows w_source,
+                                                                        const __grid_constant__ SkinnyShares shares,
                                                                         const __grid_constant__ Epilogue epilogue) {
+  using Kernel = SkinnyKernel<Mma, W, A, Epilogue, TILES_M, TEAM_WARPS>;
   using Accumulator = typename Mma::Accumulator;
-  constexpr int kRows = 8 * TILES_M;
-  constexpr int kParts = W::kLaneColumns * W::kColumnBytes / 16, kSliceBytes = 4 * 16 * kParts;
-  __shared__ Accumulator sums[kSkinnyTeams][2][kSkinnyWarps][kRows * kSumPitch];  // of a tile, and of the next
-  uint8_t* const a_rows = dynamic_shared();
+  constexpr int kRows = Kernel::kRows, kTeams = Kernel::kTeams, kTeamThreads = Kernel::kTeamThreads, kDepth = Kernel::kDepth;
   const Output& y = epilogue.output;
   const int team = threadIdx.x / kTeamThreads, thread = threadIdx.x % kTeamThreads, warp = thread / 32, lane = threadIdx.x % 32;
   const int group = lane / 4, t = lane % 4;
-  const int slices = static_cast<int>((a_source.row_bytes + kSliceBytes - 1) / kSliceBytes);
-  const int first_slice = warp * slices / kSkinnyWarps, last_slice = (warp + 1) * slices / kSkinnyWarps;
-  const int tiles = static_cast<int>((y.n + kSkinnyN - 1) / kSkinnyN), stride = kSkinnyTeams * static_cast<int>(gridDim.x);
-  const int first_tile = team * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+
+  Accumulator* const sums = reinterpret_cast<Accumulator*>(dynamic_shared()) + team * Kernel::kBuffers * Kernel::kBufferSums;
+  SkinnyRow* const row_factors =
+      reinterpret_cast<SkinnyRow*>(reinterpret_cast<Accumulator*>(dynamic_shared()) + kTeams * Kernel::kBuffers * Kernel::kBufferSums) +
+      team * kRows;
+  uint8_t* const a_shared = dynamic_shared() + Kernel::kSharedBytes;  // of ResidentFloats
+
+  const int slices = static_cast<int>((w_source.row_bytes + Kernel::kWeightSlice - 1) / Kernel::kWeightSlice);
+  const int first_slice = warp * slices / TEAM_WARPS, last_slice = (warp + 1) * slices / TEAM_WARPS;
+  const int block = static_cast<int>(blockIdx.x);
+  const int block_n = 8 * (block * shares.least + min(block, shares.more));
+  const int last_n = min(block_n + 8 * (shares.least + (block < shares.more ? 1 : 0)), static_cast<int>(y.n));
+  const int first_n = block_n + team * kSkinnyN;
+  auto team_barrier = [&] { asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(kTeamThreads) : "memory"); };
+
+  // Rows beyond the block's last one are that one: nothing of them is stored.
+  struct WeightRows {
+    const uint8_t *top, *bottom;
+  };
+  auto rows_of = [&](int n) {
+    WeightRows rows{w_source.row(min(n + group, last_n - 1)), w_source.row(min(n + group + 8, last_n - 1))};
+    asm("" : "+l"(rows.top), "+l"(rows.bottom));  // kept, not reckoned anew for each load
+    return rows;
+  };
+  uint32_t a_offsets[TILES_M];
+#pragma unroll
+  for (int j = 0; j < TILES_M; ++j) a_offsets[j] = min(j * 8 + group, static_cast<int>(a_source.rows) - 1) * a_source.row_bytes;
+  auto load_a = [&](auto& a, int slice) {
+    if constexpr (!A::kResident) {
+#pragma unroll
+      for (int j = 0; j < TILES_M; ++j) a[j].load(a_source, a_source.data + a_offsets[j], (slice * 4 + t) * A::kLaneBytes);
+    }
+  };
+  struct Slice {
+    W w[2];
+    A a[Kernel::kLoadsAhead ? TILES_M : 1];
+  };
+  Slice loaded[kDepth];
+  auto load = [&](Slice& target, const uint8_t* top, const uint8_t* bottom, int slice) {
+    const uint32_t byte = (slice * 4 + t) * W::kLaneBytes;
+    target.w[0].load(w_source, top, byte);
+    target.w[1].load(w_source, bottom, byte);
+    if constexpr (Kernel::kLoadsAhead) load_a(target.a, slice);
+  };
 
   dependents_may_launch();
   wait_for_prerequisites();
 
-  W weight[W::kDepth][2];
-  auto load = [&](W(&rows)[2], int tile, int slice) {
-    const int64_t row = static_cast<int64_t>(tile) * kSkinnyN + group;
-    const int64_t column = (static_cast<int64_t>(slice) * 4 + t) * W::kLaneColumns;
-    rows[0].load(w_source, row, column);
-    rows[1].load(w_source, row + 8, column);
-  };
+  WeightRows rows = rows_of(first_n), next_rows = rows;
 #pragma unroll
-  for (int d = 0; d < W::kDepth; ++d) {
-    if (first_slice + d < last_slice) load(weight[d], first_tile, first_slice + d);
+  for (int d = 0; d < kDepth; ++d) {
+    if (first_slice + d < last_slice) load(loaded[d], rows.top, rows.bottom, first_slice + d);
+  }
+  if (thread < kRows) {  // the first barrier of the team comes before they are read
+    const bool exists = thread < y.m;
+    row_factors[thread] = {exists ? epilogue.row_scale(thread) : 0.0f, exists ? epilogue.row_part(thread, 0) : 0};
+  }
+  if constexpr (A::kResident) {
+    A::template store<kRows>(a_source, slices, a_shared);
+    __syncthreads();
   }
 
-  // All of a, zeros beyond its rows and columns.
-  constexpr int kPieces = kSliceBytes / 16, kBatch = 4;  // loads of a thread that are on their way together
-  const int pieces = slices * kRows * kPieces;
-  for (int first = threadIdx.x; first < pieces; first += kBatch * kSkinnyThreads) {
-    uint4 loaded[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int i = first + b * kSkinnyThreads, row = i / kPieces % kRows, slice = i / (kPieces * kRows);
-      loaded[b] = a_source.load(row, static_cast<int64_t>(slice) * kSliceBytes + i % kPieces * 16);
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int i = first + b * kSkinnyThreads, piece = i % kPieces, row = i / kPieces % kRows, slice = i / (kPieces * kRows);
-      if (i < pieces) {
-        *reinterpret_cast<uint4*>(a_rows + (slice * kRows + row) * kSliceBytes + part_offset(row, piece / kParts, piece % kParts)) =
-            W::order(loaded[b]);
-      }
-    }
-  }
-  __syncthreads();
-
-  // The element of each tile that this thread writes, and what it needs for that.
-  const int m = thread / kSkinnyN, n_in_tile = thread % kSkinnyN;
-  const bool writes = thread < kRows * kSkinnyN && m < y.m;
-  const float row_scale = writes ? epilogue.row_scale(m) : 0.0f;
-  const uint32_t row_part = writes ? epilogue.row_part(m, 0) : 0;
-
+  const int n_in_tile = thread % kSkinnyN;
   int buffer = 0;
-  for (int tile = first_tile; tile < tiles; tile += stride, buffer ^= 1) {
-    const int64_t n = static_cast<int64_t>(tile) * kSkinnyN + n_in_tile;
-    const bool exists = writes && n < y.n;
+  for (int tile_n = first_n; tile_n < last_n; tile_n += kTeams * kSkinnyN) {
+    rows = next_rows;
+    next_rows = rows_of(tile_n + kTeams * kSkinnyN);
+    const int n = tile_n + n_in_tile;
+    const bool exists = n < last_n;
     const float column_scale = exists ? epilogue.column_scale(n) : 0.0f, bias = exists && y.bias != nullptr ? y.bias[n] : 0.0f;
     const int32_t column_sum = exists ? epilogue.load_column(n) : 0;
     Accumulator accumulators[TILES_M][4] = {};
-    for (int slice = first_slice; slice < last_slice; slice += W::kDepth) {
+    for (int slice = first_slice; slice < last_slice; slice += kDepth) {
 #pragma unroll
-      for (int d = 0; d < W::kDepth; ++d) {
+      for (int d = 0; d < kDepth; ++d) {
         if (slice + d >= last_slice) break;
-        const uint8_t* const a_slice = a_rows + ((slice + d) * kRows + group) * kSliceBytes;
+        Slice& now = loaded[d];
+        A late[TILES_M];
+        if constexpr (!Kernel::kLoadsAhead) load_a(late, slice + d);
+        constexpr int kParts = A::kResident ? W::kLaneColumns / 8 : 2;
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          uint4 a_words[TILES_M];
+          uint2 top[2], bottom[2];
+#pragma unroll
+          for (int p = 0; p < 2; ++p) top[p] = now.w[0].words(w_source, part, p), bottom[p] = now.w[1].words(w_source, part, p);
 #pragma unroll
           for (int j = 0; j < TILES_M; ++j) {
-            a_words[j] = *reinterpret_cast<const uint4*>(a_slice + j * 8 * kSliceBytes + part_offset(group, t, part));
-          }
-#pragma unroll
-          for (int p = 0; p < 2; ++p) {
-            const uint2 top = weight[d][0].words(w_source, part, p), bottom = weight[d][1].words(w_source, part, p);
-            const uint32_t fragment[4] = {top.x, bottom.x, top.y, bottom.y};
-#pragma unroll
-            for (int j = 0; j < TILES_M; ++j) {
-              Mma::mma(accumulators[j], fragment, p == 0 ? a_words[j].x : a_words[j].z, p == 0 ? a_words[j].y : a_words[j].w);
+            uint4 a_words;
+            if constexpr (A::kResident) {
+              a_words = A::part(a_shared, (slice + d) * kRows + j * 8 + group, group, t, part);
+            } else if constexpr (Kernel::kLoadsAhead) {
+              a_words = now.a[j].part(part);
+            } else {
+              a_words = late[j].part(part);
             }
+            const uint32_t first[4] = {top[0].x, bottom[0].x, top[0].y, bottom[0].y};
+            const uint32_t second[4] = {top[1].x, bottom[1].x, top[1].y, bottom[1].y};
+            Mma::mma(accumulators[j], first, a_words.x, a_words.y);
+            Mma::mma(accumulators[j], second, a_words.z, a_words.w);
           }
         }
-        // The slice that comes to these registers next: of this tile, or the same of the next (beyond the last: zeros, not loaded).
-        const bool ends = slice + d + W::kDepth >= last_slice;
-        load(weight[d], ends ? tile + stride : tile, ends ? first_slice + d : slice + d + W::kDepth);
+        // The slice that comes to these registers next: of this tile, or the same of the next (beyond the last: not used).
+        const bool ends = slice + d + kDepth >= last_slice;
+        load(now, ends ? next_rows.top : rows.top, ends ? next_rows.bottom : rows.bottom, ends ? first_slice + d : slice + d + kDepth);
       }
     }
 
-    Accumulator* const own = sums[team][buffer][warp];
+    if (Kernel::kBuffers == 1 && tile_n != first_n) team_barrier();  // the sums of the tile before have been read
+    Accumulator* const own = sums + buffer * Kernel::kBufferSums + warp * kRows * kSumPitch;
 #pragma unroll
     for (int j = 0; j < TILES_M; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) own[(j * 8 + t * 2 + c % 2) * kSumPitch + group + c / 2 * 8] = accumulators[j][c];
     }
-    team_barrier(team);
+    team_barrier();
     if (exists) {
-      Accumulator sum = 0;
+      const uint32_t column_part = epilogue.column_of(column_sum);
+#pragma unroll 2
+      for (int m = thread / kSkinnyN; m < min(kRows, static_cast<int>(y.m)); m += kTeamThreads / kSkinnyN) {
+        Accumulator sum = 0;
 #pragma unroll
-      for (int w = 0; w < kSkinnyWarps; ++w) sum += sums[team][buffer][w][m * kSumPitch + n_in_tile];
-      store_value(y, m, n, scaled(epilogue.product(sum, row_part, epilogue.column_of(column_sum)), row_scale, column_scale, bias));
+        for (int w = 0; w < TEAM_WARPS; ++w) sum += sums[buffer * Kernel::kBufferSums + (w * kRows + m) * kSumPitch + n_in_tile];
+        const SkinnyRow row = row_factors[m];
+        store_value(y, m, n, scaled(epilogue.product(sum, row.part, column_part), row.scale, column_scale, bias));
+      }
     }
+    buffer = Kernel::kBuffers - 1 - buffer;
   }
 }
 
@@ -230,26 +360,48 @@ inline Affine skinny_affine(const Operand& operand, bool looks_up) {
 inline SkinnyRows skinny_rows(const Operand& operand, int64_t rows, int64_t k) {
   SkinnyRows result{};
   result.data = static_cast<const uint8_t*>(operand.data);
-  result.rows = rows;
-  result.row_bytes = row_bytes(operand.layout, k);
+  result.rows = static_cast<uint32_t>(rows);
+  result.row_bytes = static_cast<uint32_t>(row_bytes(operand.layout, k));
   result.plane_bytes = rows * result.row_bytes;
   if (operand.layout == Layout::kCodes && operand.grid.bits == 8) result.flip = 0x80808080u;
   if (operand.layout == Layout::kPacked && has_values(operand.grid)) result.table = value_table(operand.grid);
   return result;
 }
 
-template <typename Mma, typename W, typename Epilogue>
+// Thread blocks that make few tiles have few teams: then more warps share K.
+template <typename Mma, typename W, typename A, int TILES_M, typename Epilogue>
+void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& w, const Epilogue& epilogue, const Device& device,
+                         cudaStream_t stream) {
+  const int64_t n = epilogue.output.n;
+  check(n <= INT32_MAX / 2, op, ": expected n <= ", INT32_MAX / 2, ", got ", n);
+  const int eights = static_cast<int>((n + 7) / 8), blocks = std::min(eights, device.sm_count);
+  const SkinnyShares shares{eights / blocks, eights % blocks};
+  auto run = [&](auto team_warps) {
+    using Kernel = SkinnyKernel<Mma, W, A, Epilogue, TILES_M, team_warps()>;
+    int64_t shared = Kernel::kSharedBytes;
+    if constexpr (A::kResident) shared += 8 * TILES_M * round_up(a.row_bytes, A::kSliceBytes);
+    launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, Epilogue, TILES_M, team_warps()>,
+                dim3(static_cast<unsigned>(blocks)), dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares, epilogue);
+  };
+  constexpr int kFewWarps = 4, kManyWarps = 8;
+  if (A::kResident || eights <= 2 * kSkinnyWarps / kManyWarps * blocks) {
+    run(std::integral_constant<int, kManyWarps>());
+  } else {
+    run(std::integral_constant<int, kFewWarps>());
+  }
+}
+
+// At most 16 rows; integers of 4 bits on both sides: at most 64.
+template <typename Mma, typename W, typename A, typename Epilogue>
 void launch_skinny(const char* op, const SkinnyRows& a, const SkinnyRows& w, const Epilogue& epilogue, const Device& device,
                    cudaStream_t stream) {
-  const int64_t m = epilogue.output.m, tiles = (epilogue.output.n + kSkinnyN - 1) / kSkinnyN;
-  check(m <= kSkinnyM && tiles <= INT32_MAX / 2, op, ": expected m <= ", kSkinnyM, " and n <= ", int64_t{kSkinnyN} * (INT32_MAX / 2),
-        ", got ", m, ", ", epilogue.output.n);
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tiles, device.sm_count)));
-  const auto shared = static_cast<size_t>((m <= 8 ? 8 : kSkinnyM) * round_up(a.row_bytes, 4 * W::kLaneColumns * W::kColumnBytes));
-  auto run = [&](auto kernel) {
-    launch_with({1, device.hopper_code}, op, kernel, grid, dim3(kSkinnyThreads), shared, stream, a, w, epilogue);
-  };
-  m <= 8 ? run(gemm_skinny_kernel<Mma, W, Epilogue, 1>) : run(gemm_skinny_kernel<Mma, W, Epilogue, 2>);
+  const int64_t m = epilogue.output.m;
+  auto run = [&](auto tiles_m) { launch_skinny_tiles<Mma, W, A, tiles_m()>(op, a, w, epilogue, device, stream); };
+  if constexpr (std::is_same_v<A, StreamedNibbles>) {
+    if (m > 32) return run(std::integral_constant<int, 8>());
+    if (m > 16) return run(std::integral_constant<int, 4>());
+  }
+  m > 8 ? run(std::integral_constant<int, 2>()) : run(std::integral_constant<int, 1>());
 }
 
 }  // namespace quest::cuda

@@ -219,7 +219,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     if (problem.output.tensor_store) prefetch_tensor_map(&y_map);
   }
   if constexpr (kCluster) {
-    cluster_sync();
+    cluster_sync_relaxed();
   } else {
     __syncthreads();
   }
@@ -269,7 +269,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       }
     }
     __syncwarp();
-    if (Tile::SPLIT && cluster_blocks > 1) cluster_sync();
+    if (Tile::SPLIT) cluster_sync();
   } else {
     registers_grow<Tile::MULTIPLIER_REGISTERS>();
     const int group = warpgroup - 1;
@@ -346,32 +346,30 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
 
       if constexpr (Tile::SPLIT) {
         // Every block of the cluster adds up its share of the tile, whole groups of 8 rows. Once both warpgroups are here all copies have
-        // landed and been read: the ring now holds this block's integers, word i of every thread side by side.
+        // landed and been read: the ring now holds this block's integers, word i of every thread side by side. (A loop over what lies in
+        // memory, since every instruction of a kernel this short is one that has to be fetched.)
         constexpr int kGroups = BLOCK_M / 8, kStride = kMultipliers * kWarpgroup;
         const int share = (kGroups + cluster_blocks - 1) / cluster_blocks, first_group = rank * share;
-        if (cluster_blocks > 1) {
-          int32_t* const words = reinterpret_cast<int32_t*>(shared) + threadIdx.x - kWarpgroup;
-          static_assert(kStride * (BLOCK_M / 2) * 4 <= STAGES * Tile::STAGE_BYTES, "the ring holds a tile");
-          named_barrier(kBothBarrier, kStride);
+        int32_t* const words = reinterpret_cast<int32_t*>(shared) + threadIdx.x - kWarpgroup;
+        static_assert(kStride * (BLOCK_M / 2) * 4 <= STAGES * Tile::STAGE_BYTES, "the ring holds a tile");
+        named_barrier(kBothBarrier, kStride);
 #pragma unroll
-          for (int i = 0; i < BLOCK_M / 2; ++i) words[i * kStride] = accumulators[i];
-          cluster_sync();
-#pragma unroll
-          for (int i = 0; i < BLOCK_M / 2; ++i) accumulators[i] = 0;
+        for (int i = 0; i < BLOCK_M / 2; ++i) words[i * kStride] = accumulators[i];
+        row_loads.store(problem.output, factors);
+        cluster_sync();
+        const ColumnFactors columns = column_loads.factors(problem.output);
+#pragma unroll 1
+        for (int j = first_group; j < min(first_group + share, kGroups); ++j) {
+          int32_t sums[4] = {};
 #pragma unroll
           for (int block = 0; block < kMaxSplit; ++block) {  // all loads on their way together
             if (block >= cluster_blocks) break;
-            const uint32_t theirs = cluster_address(words, block) + first_group * 4 * kStride * 4;
+            const uint32_t theirs = cluster_address(words, block) + j * 4 * kStride * 4;
 #pragma unroll
-            for (int i = 0; i < BLOCK_M / 2; ++i) {
-              if (i < share * 4 && first_group * 4 + i < BLOCK_M / 2) accumulators[i] += load_cluster_32(theirs + i * kStride * 4);
-            }
+            for (int c = 0; c < 4; ++c) sums[c] += load_cluster_32(theirs + c * kStride * 4);
           }
+          store_group(problem.output, sums, factors, columns, first_m, first_n, j);
         }
-        row_loads.store(problem.output, factors);
-        named_barrier(group_barrier(group), kWarpgroup);
-        store_groups<BLOCK_M>(problem.output, accumulators, factors, column_loads.factors(problem.output), first_m, first_n, first_group,
-                              min(share, kGroups - first_group));
       } else {
         // The warps of this group are done with the factors of the tile before: known already where the loop is longer than the ring, but
         // not to racecheck.
@@ -385,7 +383,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     __syncwarp();
   }
   // No block ends while another may still copy to it, arrive at its barriers or read its integers.
-  if constexpr (kCluster) cluster_sync();
+  if constexpr (kCluster) cluster_sync_relaxed();
 #else
   __trap();  // the host launches this where Device::hopper_code alone
 #endif

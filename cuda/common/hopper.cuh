@@ -77,6 +77,12 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same without a fence of the whole GPU before it: of ordinary writes it orders none, so it is for saying that barriers are initialised
+// (after barrier_init_fence) or that what was read is in registers.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // The address of `local` in the shared memory of block `rank`, and a word from there.
 __device__ __forceinline__ uint32_t cluster_address(const void* local, uint32_t rank) {
   uint32_t address;

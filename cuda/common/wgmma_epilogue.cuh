@@ -176,22 +176,16 @@ __device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Piece
   }
 }
 
-// Groups of 8 rows of a warpgroup's tile, element by element: `count` from first_group on, whose accumulators are the first ones.
-template <int BLOCK_M>
-__device__ __forceinline__ void store_groups(const TileOutput& output, const int32_t (&accumulators)[BLOCK_M / 2],
-                                             const RowFactors* factors, const ColumnFactors& column, int first_m, int first_n,
-                                             int first_group, int count) {
+// Group j of 8 rows of a warpgroup's tile, element by element.
+__device__ __forceinline__ void store_group(const TileOutput& output, const int32_t (&accumulators)[4], const RowFactors* factors,
+                                            const ColumnFactors& column, int first_m, int first_n, int j) {
   const Output& y = output.epilogue.output;
 #pragma unroll
-  for (int j = 0; j < BLOCK_M / 8; ++j) {
-    if (j >= count) break;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int row = (first_group + j) * 8 + threadIdx.x % 4 * 2 + c % 2, i = c / 2, n = thread_column(first_n, i);
-      if (first_m + row < y.m && n < y.n) {
-        const float product = output.epilogue.product(accumulators[j * 4 + c], factors[row].part, column.part[i]);
-        store_value(y, first_m + row, n, scaled(product, factors[row].scale, column.scale[i], column.bias[i]));
-      }
+  for (int c = 0; c < 4; ++c) {
+    const int row = j * 8 + threadIdx.x % 4 * 2 + c % 2, i = c / 2, n = thread_column(first_n, i);
+    if (first_m + row < y.m && n < y.n) {
+      const float product = output.epilogue.product(accumulators[c], factors[row].part, column.part[i]);
+      store_value(y, first_m + row, n, scaled(product, factors[row].scale, column.scale[i], column.bias[i]));
     }
   }
 }
@@ -210,7 +204,11 @@ __device__ __forceinline__ void store_tile(const TileOutput& output, const int32
     return;
   }
   named_barrier(group_barrier(group), kWarpgroup);
-  store_groups<Piece::BLOCK_M>(output, accumulators, factors, column, first_m, first_n, 0, Piece::BLOCK_M / 8);
+#pragma unroll
+  for (int j = 0; j < Piece::BLOCK_M / 8; ++j) {
+    const int32_t four[4] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
+    store_group(output, four, factors, column, first_m, first_n, j);
+  }
   named_barrier(group_barrier(group), kWarpgroup);  // the factors are read before the next tile's are written
 }
 

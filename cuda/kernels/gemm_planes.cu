@@ -29,10 +29,9 @@ void gemm_planes(const Operand& a, const Operand& w, const float* bias, void* y,
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
   const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, false), operand_affine(w, false), output, k);
-  // One plane each: bytes of 8 products. Of more than 8 rows, where there are tiles for half of the multiprocessors wgmma is faster.
-  const bool wide = device.hopper_code && m > 8 && n > 64 * device.sm_count;
-  if (a.grid.bits * w.grid.bits == 1 && !wide && plan_skinny(GemmFamily::kInt8, m, a_rows.row_bytes, device.compute_capability)) {
-    launch_skinny<MmaBits, SkinnyBytes>(op, skinny_rows(a, m, k), skinny_rows(w, n, k), epilogue, device, stream);
+  // One plane each: bytes of 8 products.
+  if (a.grid.bits * w.grid.bits == 1 && plan_skinny(GemmFamily::kInt8, m, a_rows.row_bytes, device.compute_capability)) {
+    launch_skinny<MmaBits, SkinnyBytes, StreamedBytes<false>>(op, skinny_rows(a, m, k), skinny_rows(w, n, k), epilogue, device, stream);
     return;
   }
   if (gemm_planes_wgmma(op, a, w, output, k, device, stream)) return;

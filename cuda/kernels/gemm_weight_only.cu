@@ -133,7 +133,7 @@ __device__ __forceinline__ uint4 order_pairs(uint4 x) {
 
 // 4-bit codes of a grid of equal steps: bits of a code below those of a power of two are a float that is exactly so much larger.
 template <typename Mma>
-struct FloatNibbles : PackedColumns<2> {
+struct FloatNibbles : PackedColumns {
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded, part) >> 8 * p;
     auto pair = [&](uint32_t two) {
@@ -146,7 +146,7 @@ struct FloatNibbles : PackedColumns<2> {
 };
 
 // 4-bit codes of any grid.
-struct FloatTable : PackedColumns<2> {
+struct FloatTable : PackedColumns {
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded, part) >> 16 * p;
     const uint32_t low = look_up_nibbles(source.table, codes), high = look_up_nibbles(source.high_table, codes);
@@ -157,7 +157,7 @@ struct FloatTable : PackedColumns<2> {
 
 // Codes of a byte, of a grid of equal steps.
 template <typename Mma>
-struct FloatBytes : ByteColumns<2> {
+struct FloatBytes : ByteColumns {
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded[part / 2], part % 2 * 2 + p);
     auto level = [&](uint32_t selector) {  // 0x4700cc00 is the float 32768 + c
@@ -171,15 +171,11 @@ struct FloatBytes : ByteColumns<2> {
 // Bit planes of an int grid: the sum of 2^j with the sign of plane j.
 template <typename Mma, int BITS>
 struct FloatPlanes {
-  static constexpr int kDepth = BITS == 1 ? 2 : 1, kLaneColumns = 128, kColumnBytes = 2;
+  static constexpr int kDepth = BITS == 1 ? 2 : 1, kLaneColumns = 128, kLaneBytes = 16;
   uint4 loaded[BITS];
-  __device__ __forceinline__ void load(const SkinnyRows& source, int64_t row, int64_t column) {
+  __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
 #pragma unroll
-    for (int j = 0; j < BITS; ++j) {
-      SkinnyRows plane = source;
-      plane.data += j * source.plane_bytes;
-      loaded[j] = plane.load(row, column / 8);
-    }
+    for (int j = 0; j < BITS; ++j) loaded[j] = load_weight(source, row + j * source.plane_bytes, byte);
   }
   __device__ __forceinline__ uint2 words(const SkinnyRows&, int part, int p) const {
     uint32_t pairs[2];
@@ -338,19 +334,19 @@ bool weight_only_skinny(const char* op, const void* x, const Operand& w, const R
     part.output.y = static_cast<uint8_t*>(epilogue.output.y) + first * n * 2;
     SkinnyRows x_rows{};
     x_rows.data = static_cast<const uint8_t*>(x) + first * k * 2;
-    x_rows.rows = part.output.m;
-    x_rows.row_bytes = 2 * k;
+    x_rows.rows = static_cast<uint32_t>(part.output.m);
+    x_rows.row_bytes = static_cast<uint32_t>(2 * k);
     switch (w.layout) {
       case Layout::kPacked:
-        even_steps ? launch_skinny<Mma, FloatNibbles<Mma>>(op, x_rows, rows, part, device, stream)
-                   : launch_skinny<Mma, FloatTable>(op, x_rows, rows, part, device, stream);
+        even_steps ? launch_skinny<Mma, FloatNibbles<Mma>, ResidentFloats<FloatNibbles<Mma>>>(op, x_rows, rows, part, device, stream)
+                   : launch_skinny<Mma, FloatTable, ResidentFloats<FloatTable>>(op, x_rows, rows, part, device, stream);
         break;
       case Layout::kPlanes:
-        w.grid.bits == 1   ? launch_skinny<Mma, FloatPlanes<Mma, 1>>(op, x_rows, rows, part, device, stream)
-        : w.grid.bits == 2 ? launch_skinny<Mma, FloatPlanes<Mma, 2>>(op, x_rows, rows, part, device, stream)
-                           : launch_skinny<Mma, FloatPlanes<Mma, 3>>(op, x_rows, rows, part, device, stream);
+        w.grid.bits == 1   ? launch_skinny<Mma, FloatPlanes<Mma, 1>, ResidentFloats<FloatPlanes<Mma, 1>>>(op, x_rows, rows, part, device, stream)
+        : w.grid.bits == 2 ? launch_skinny<Mma, FloatPlanes<Mma, 2>, ResidentFloats<FloatPlanes<Mma, 2>>>(op, x_rows, rows, part, device, stream)
+                           : launch_skinny<Mma, FloatPlanes<Mma, 3>, ResidentFloats<FloatPlanes<Mma, 3>>>(op, x_rows, rows, part, device, stream);
         break;
-      default: launch_skinny<Mma, FloatBytes<Mma>>(op, x_rows, rows, part, device, stream);
+      default: launch_skinny<Mma, FloatBytes<Mma>, ResidentFloats<FloatBytes<Mma>>>(op, x_rows, rows, part, device, stream);
     }
   }
   return true;

@@ -12,8 +12,8 @@ enum class GemmFamily : int32_t { kInt8, kInt4, kPlanes, kSparse, kWeightOnly, k
 
 std::string to_string(GemmFamily family);
 
-// The family and operand layouts of a product, from the grids alone: what a packed model stores must not depend on the machine it is made
-// on.
+// The family and operand layouts of a product. Family and weight follow from the grids alone: what a packed model stores must not depend on
+// the machine it is made on. The activation's layout also depends on the shape of a, where it is given.
 struct GemmOperands {
   GemmFamily family;
   Layout a;  // layout that quantize writes the activation in
@@ -21,7 +21,7 @@ struct GemmOperands {
   const char* reason;
 };
 // activation: nullptr for weight-only. sparsity: of the weight.
-GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity);
+GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity, int64_t m = INT64_MAX, int64_t k = 0);
 
 // The CUDA kernel variant and tile for one problem.
 struct GemmTile {
