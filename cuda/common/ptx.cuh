@@ -26,6 +26,19 @@ __device__ __forceinline__ float float16_to_float(uint16_t bits) {
   return value;
 }
 
+// ---- the special function unit, to a unit or two in the last place; subnormal numbers are 0
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
 // ---- shared memory
 __device__ __forceinline__ uint8_t* dynamic_shared() {
   extern __shared__ __align__(1024) uint8_t buffer[];  // what the widest swizzle of the copy engine wants
