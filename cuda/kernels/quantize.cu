@@ -513,12 +513,14 @@ __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ B
   dependents_may_launch();
   wait_for_prerequisites();
   Raw raw[4];
-  auto load = [&](Raw(&chunks)[4], const uint8_t* base, int64_t at) {  // of block `at`
-    const uint8_t* source = base + (at * (kQuadBlock / kChunk) + 2 * quad_lane) * Raw::kBytes;
+  auto address = [&](const uint8_t* base, int64_t at, int i) {  // of this lane's i-th chunk of block `at`
+    return base + (at * (kQuadBlock / kChunk) + 2 * quad_lane + i / 2 * 8 + i % 2) * Raw::kBytes;
+  };
+  auto load = [&](Raw(&chunks)[4], const uint8_t* base, int64_t at) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       chunks[i].clear();
-      if (exists) chunks[i].load(source + (i / 2 * 8 + i % 2) * Raw::kBytes);
+      if (exists) chunks[i].load(address(base, at, i));
     }
   };
   float x[kQuadValues];
@@ -533,11 +535,16 @@ __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ B
   } else {
     __shared__ float4 input_sums[kMaxRowWarps / 4];
     load(raw, problem.x, row_block);
+    // While x waits for the sum it leaves no registers for the weight, which few rows find in a cache.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (exists) prefetch(address(problem.norm_weight, block, i));
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) raw[i].to_floats(x + i * kChunk);
     float squares = sum_over_warp(sum_of_squares(x));
     if (warps > 1) squares = sum_over_warps(squares, input_sums, warps);
-    Raw weight[4];  // only now: while x waits for the sum, it leaves no registers
+    Raw weight[4];
     load(weight, problem.norm_weight, block);
     const float factor = norm_factor(squares, problem.one_over_k, problem.norm_epsilon);
 #pragma unroll
