@@ -180,9 +180,9 @@ Tensor linear(const Tensor& x, std::string a_quantizer, const Tensor& w, const T
   check(w_index.has_value() == sparse, op, ": expected w_index ", sparse ? "with" : "only with", " a 4:8 sparse weight, got w_quantizer ",
         w_quantizer, sparse ? " without it" : " and an index");
   if (a_quantizer == "none") {
-    check(prologue.kind == PrologueKind::kNone, op,
-          ": expected prologue none where a_quantizer is none, since it is a part of quantizing x, got ", prologue_text,
-          "; apply it to x before");
+    check(prologue.kind == PrologueKind::kNone && !norm_weight, op,
+          ": expected prologue none and no norm_weight where a_quantizer is none, since a prologue is a part of quantizing x, got ",
+          prologue_text, norm_weight ? " and one" : "", "; apply it to x before");
     const GemmOperands plan = plan_operands(weight.grid, nullptr, weight.sparsity);
     check(plan.family == GemmFamily::kWeightOnly, op, ": a weight of ", w_quantizer, " with real activations has no kernel; dequantize it");
     const bool rotate = weight.rotation == Rotation::kHadamard;

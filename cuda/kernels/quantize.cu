@@ -1,17 +1,18 @@
 // quantize: x_h = x H, sigma, codes, code sum, mask bits and 4:8 index in one pass: one read of x, one write of each output.
 //
-// Two kernels. Both keep a row of up to 32768 values in registers between sigma and the codes, and join the warps of a row through shared
-// memory for its two sums (squares, codes).
+// Two kernels. Both keep a row of up to 32768 values (quantize_kernel with a prologue: 8192) in registers between sigma and the codes, and
+// join the warps of a row through shared memory for its two sums (squares, codes).
 //
-// quantize_blocks_kernel takes what is common: equal steps between levels, rows that are whole blocks of 128 values, no sparsity. On Hopper
-// memory gives an instruction budget of about 20 a value, so here everything is made of few: see there. Which kernel runs depends on the
-// quantizer, on K and on addresses (multiples of 16 bytes), not on the layout or the number of rows: the codes are the same in all of them.
+// quantize_blocks_kernel takes what is common: equal steps between levels, rows that are whole blocks of 128 values, no sparsity, no
+// prologue without a rotation. On Hopper memory gives an instruction budget of about 20 a value, so here everything is made of few: see
+// there. Which kernel runs depends on the quantizer, on K and on addresses (multiples of 16 bytes), not on the layout or the number of
+// rows: the codes are the same in all of them.
 //
 // quantize_kernel takes everything. A row belongs to one thread block (short rows: several rows a block, a warp each). Thread t holds the
 // chunks t, t + T, ... of 8 values, so loads are coalesced and a rotation block of at most 128 values lies in at most 16 neighbouring lanes
-// (hadamard.cuh). Rows that are too long for the registers are walked twice, and their second read of x comes from the cache or from
-// memory. Its arithmetic is the CPU backend's, operation by operation, but for the order of the sum of squares: a code differs only where
-// that moves x_h/s across a rounding boundary.
+// (hadamard.cuh). Rows that are too long for the registers are walked twice (with rms_norm three times), and later reads of x come from the
+// cache or from memory. Its arithmetic is the CPU backend's, operation by operation, but for the order of the sum of squares: a code
+// differs only where that moves x_h/s across a rounding boundary.
 //
 // A prologue works on what was loaded, before anything else, and leaves numbers of the same type: what follows does not know of it.
 // rms_norm needs one more sum over the row first; its weight comes from the cache. Kernels without a prologue have no trace of one.
@@ -373,9 +374,11 @@ struct BlocksProblem {
 // Added to a float of at most 2^22, this leaves the float rounded, ties to even, as an integer in the low bits.
 constexpr float kIntegerFloat = 12582912.0f;
 
+// The instructions for pairs of a 16-bit type.
 template <DType DTYPE>
 using PairOf = std::conditional_t<DTYPE == DType::kBFloat16, MmaBFloat16, MmaFloat16>;
 
+// gate becomes silu(gate), rounded, times up, rounded.
 template <DType DTYPE>
 __device__ __forceinline__ void silu_mul(RawChunk<DTYPE>& gate, const RawChunk<DTYPE>& up) {
   float x[kChunk];

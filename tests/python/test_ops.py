@@ -263,7 +263,11 @@ BAD_CALLS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     ),
     "linear prologue of real activations": (
         lambda x: torch.ops.quest.linear(x, "none", *packed_weight(x.device), None, "silu_mul"),
-        "linear: expected prologue none where a_quantizer is none, .* got silu_mul; apply it to x before",
+        "linear: expected prologue none and no norm_weight where a_quantizer is none, .* got silu_mul; apply it to x",
+    ),
+    "linear norm_weight of real activations": (
+        lambda x: torch.ops.quest.linear(x, "none", *packed_weight(x.device), None, norm_weight=x[0]),
+        "linear: expected prologue none and no norm_weight where a_quantizer is none, .* got none and one; apply",
     ),
     "linear norm_weight": (
         lambda x: torch.ops.quest.linear(x, str(INT4), *packed_weight(x.device), None, "rms_norm"),

@@ -1,7 +1,7 @@
 """A packed model's norms and SwiGLU products, computed while the linear layer behind them quantizes its input.
 
-Each then reads what the layer before wrote and writes codes: one pass over memory instead of three. The model is the
-same up to the last bit of a square root and of an exponential.
+The kernel reads what the layer before wrote and writes codes: the norm's or product's own result is neither written nor
+read. The model is the same up to the last bit of a square root and of an exponential.
 """
 
 from __future__ import annotations
