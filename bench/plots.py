@@ -24,13 +24,15 @@ from matplotlib.figure import Figure
 # Okabe and Ito's colours, distinct to every kind of colour vision; each comes with a marker of its own.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# In the order of legends. Those that share a look are never in one figure: one is a CPU's, the other a GPU's.
+# In the order of legends. Those that share a look are never in one figure: one is a CPU's, the other a GPU's; or one is
+# of a product, the other of rows.
 LOOKS = {
     "quest": 0,
     "torch_bf16": 1,
     "torch_fp8": 2,
     "torch_fp32": 2,
     "quest_int8": 3,
+    "quest_steps": 3,
     "torch_int8": 4,
     "torch_compile": 5,
     "torch_eager": 5,

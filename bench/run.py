@@ -18,8 +18,9 @@ share_of_limit is of the same limit; its gbps counts its own bytes.
 
 Peers: torch_bf16, torch_fp32 (F.linear); torch_fp8 (_scaled_mm, e4m3, tensorwise scales, fast accumulation); torch_int8
 (_int_mm: int32 sums without scales); torch_compile (the formula through torch.compile); torch_eager; paper_steps
-(rotation by a 128 x 128 product, then the scales, then the codes: each step writes its result); copy (as many bytes as
-quest reads and writes); quest_int8 (in the bit-plane cases: the same integers through quest's int8 product).
+(rotation by a 128 x 128 product, then the scales, then the codes: each step writes its result); quest_steps (torch's
+norm or product, which writes its result, then quest's quantize); copy (as many bytes as quest reads and writes);
+quest_int8 (in the bit-plane cases: the same integers through quest's int8 product).
 """
 
 from __future__ import annotations
@@ -253,6 +254,8 @@ def quantize_rotated(x: Tensor, scale: Tensor, bits: int, layout: str, mask: boo
         stored = pairs[..., 0] | pairs[..., 1] << 4
     elif layout == "planes":
         stored = torch.stack([pack_bits(codes >> j & 1) for j in range(bits)])
+    elif layout == "codes":
+        stored = codes
     else:
         stored = (2 * codes.to(torch.int8) - (n - 1)).to(torch.int8)
     return (stored, scale, pack_bits(x.float().abs() <= n * scale)) if mask else (stored, scale)
@@ -268,9 +271,33 @@ def codes_of(stored: Tensor, bits: int, layout: str, k: int, rows: Tensor) -> Te
     """Codes of some rows of a quantized matrix, int64."""
     if layout == "values":
         return (stored[rows].long() + (1 << bits) - 1) // 2
+    if layout == "codes":
+        return stored[rows].long()
     chosen = stored[:, rows].contiguous() if layout == "planes" else stored[rows]
     codes: Tensor = torch.ops.quest.unpack(chosen, f"int{bits}", layout, k)
     return codes.long()
+
+
+def codes_check(
+    bits: int,
+    layout: str,
+    k: int,
+    at: Tensor,
+    expected: reference.Quantized,
+    mask: bool,
+    share: float,
+    tolerance: float,
+) -> Callable[[tuple[Tensor, ...]], None]:
+    """Of the rows `at` of what quantize gives, or of (codes, scale, mask): at most `share` of the codes differ."""
+
+    def checked(result: tuple[Tensor, ...]) -> None:
+        expect_equal("quantize: codes", codes_of(result[0], bits, layout, k, at), expected.codes, share)
+        expect_close("quantize: scale", result[1].flatten()[at], expected.scale, tolerance)
+        if mask:
+            passed = reference.unpack_bits(result[3 if len(result) > 3 else 2][at], k).bool()
+            expect_equal("quantize: mask", passed, expected.mask, share)
+
+    return checked
 
 
 def quantize_shapes(device: str, quick: bool) -> Iterator[Shape]:
@@ -299,15 +326,7 @@ def quantize_problem(device: str, dtype: torch.dtype, bits: int, layout: str, ro
     left, right = (factor.to(device, dtype) for factor in hadamard_factors(128))
 
     def check(share: float, tolerance: float) -> Callable[[tuple[Tensor, ...]], None]:
-        def checked(result: tuple[Tensor, ...]) -> None:
-            codes = codes_of(result[0], bits, layout, k, at)
-            expect_equal("quantize: codes", codes, expected.codes, share)
-            expect_close("quantize: scale", result[1].flatten()[at], expected.scale, tolerance)
-            if mask:
-                passed = reference.unpack_bits(result[3 if len(result) > 3 else 2][at], k).bool()
-                expect_equal("quantize: mask", passed, expected.mask, share)
-
-        return checked
+        return codes_check(bits, layout, k, at, expected, mask, share, tolerance)
 
     def whole(x: Tensor) -> Any:
         return torch.ops.quest.quantize(x, quantizer, layout, mask)
@@ -332,6 +351,75 @@ def quantize_problem(device: str, dtype: torch.dtype, bits: int, layout: str, ro
             return code_step(rotated, scale_step(rotated, bits), bits, layout, mask)
 
         backends["paper_steps"] = Backend((x,), steps, rounded)
+    return Problem(backends, 0.0)
+
+
+# ---- cases: quantize with a prologue ----
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, NORM_EPSILON)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+NORM_EPSILON = 1e-5
+PROLOGUES: dict[str, Callable[..., Tensor]] = {"rms_norm": rms_norm, "silu_mul": silu_mul}
+
+
+def prologue_shapes(device: str, quick: bool) -> Iterator[Shape]:
+    """int4 codes without a mask: what the product of an inference takes. K is the quantized width."""
+    sizes = [(16384, k) for k in (2048, 4096, 11008)] + [(16, 4096)]
+    if device == "cpu":
+        sizes = [(64 if quick else 1024, 4096)]
+    elif quick:
+        sizes = [(16384, 4096), (16, 4096)]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    for kind in PROLOGUES:
+        for rows, k in sizes:
+
+            def build(kind: str = kind, rows: int = rows, k: int = k) -> Problem:
+                return prologue_problem(device, dtype, kind, rows, k)
+
+            yield Shape(f"{rows}x{k}", f"{str(dtype)[6:]}:int4:{kind}", rows, 0, k, build)
+
+
+def prologue_problem(device: str, dtype: torch.dtype, kind: str, rows: int, k: int) -> Problem:
+    quantizer, layout = "int4-hadamard-trust", "codes"
+    first = PROLOGUES[kind]
+    x = torch.randn(rows, 2 * k if kind == "silu_mul" else k, device=device, dtype=dtype)
+    weight = (torch.randn(k, device=device, dtype=dtype),) if kind == "rms_norm" else ()
+    norm = (*weight, NORM_EPSILON) if weight else ()
+    at = sample(rows, 64, device)
+    expected = reference.quantize(first(x[at], *weight), quest.Quantizer.parse(quantizer))
+    left, right = (factor.to(device, dtype) for factor in hadamard_factors(128))
+
+    def check(share: float, tolerance: float) -> Callable[[tuple[Tensor, ...]], None]:
+        return codes_check(4, layout, k, at, expected, False, share, tolerance)
+
+    def fused(x: Tensor) -> Any:
+        return torch.ops.quest.quantize(x, quantizer, layout, False, kind, *norm)
+
+    def steps(x: Tensor) -> Any:
+        return torch.ops.quest.quantize(first(x, *weight), quantizer, layout, False)
+
+    def formula(x: Tensor) -> Any:
+        return quantize_formula(first(x, *weight), left, right, 4, layout, False)
+
+    # As in quantize_problem; a square root or exponential in the last bit moves a few values of bfloat16 more.
+    exact, rounded = check(1e-3, 1e-4), check(1e-3 if dtype == torch.float32 else 5e-2, 1e-2)
+    backends = {
+        "quest": Backend((x,), fused, exact),
+        "quest_steps": Backend((x,), steps, exact),
+        "copy": copy_backend(bytes_of(x, fused(x)), device),
+    }
+    if device == "cpu":
+        backends["torch_eager"] = Backend((x,), formula, rounded)
+    else:
+        backends["torch_compile"] = Backend((x,), compiled(formula), rounded)
     return Problem(backends, 0.0)
 
 
@@ -511,6 +599,7 @@ def left_out(backend: str, shape: Shape) -> str | None:
 CASES: dict[str, Callable[[str, bool], Iterator[Shape]]] = {
     "hadamard": hadamard_shapes,
     "quantize": quantize_shapes,
+    "quantize_prologue": prologue_shapes,
     "gemm_w4a4": Product("int4", "int4").shapes,
     "gemm_w4a8": Product("int4", "int8").shapes,
     "gemm_w8a8": Product("int8", "int8").shapes,

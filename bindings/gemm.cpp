@@ -169,15 +169,20 @@ Tensor rotated(const Tensor& x) {
 }
 
 Tensor linear(const Tensor& x, std::string a_quantizer, const Tensor& w, const Tensor& w_scale, const Tensor& w_sum,
-              std::optional<Tensor> w_index, std::string w_quantizer, std::optional<Tensor> bias) {
+              std::optional<Tensor> w_index, std::string w_quantizer, std::optional<Tensor> bias, std::string prologue_text,
+              std::optional<Tensor> norm_weight, double norm_epsilon) {
   const char* op = "linear";
   const Quantizer weight = parse_quantizer(w_quantizer);
+  const PrologueArguments prologue{parse_prologue(prologue_text), norm_weight, norm_epsilon};
   check_rank(op, "x", x, 1);
   check_same_device(op, "w", w, "x", x);
   const bool sparse = weight.sparsity == Sparsity::kFourEight;
   check(w_index.has_value() == sparse, op, ": expected w_index ", sparse ? "with" : "only with", " a 4:8 sparse weight, got w_quantizer ",
         w_quantizer, sparse ? " without it" : " and an index");
   if (a_quantizer == "none") {
+    check(prologue.kind == PrologueKind::kNone && !norm_weight, op,
+          ": expected prologue none and no norm_weight where a_quantizer is none, since a prologue is a part of quantizing x, got ",
+          prologue_text, norm_weight ? " and one" : "", "; apply it to x before");
     const GemmOperands plan = plan_operands(weight.grid, nullptr, weight.sparsity);
     check(plan.family == GemmFamily::kWeightOnly, op, ": a weight of ", w_quantizer, " with real activations has no kernel; dequantize it");
     const bool rotate = weight.rotation == Rotation::kHadamard;
@@ -187,13 +192,13 @@ Tensor linear(const Tensor& x, std::string a_quantizer, const Tensor& w, const T
   check(activation.rotation == weight.rotation, op, ": the rotations of ", a_quantizer, " and ", w_quantizer,
         " differ, so their codes have no common space; dequantize both with output \"original\"");
   check(activation.sparsity == Sparsity::kNone, op, ": expected a dense activation quantizer, got ", a_quantizer);
-  const int64_t k = x.size(x.dim() - 1);
+  const int64_t k = quantized_width(op, x, prologue.kind);
   const Shape lead = lead_shape(x);
   const GemmOperands plan = plan_operands(weight.grid, &activation.grid, weight.sparsity, product(lead), k);
   check(plan.family != GemmFamily::kDequantized, op, ": ", a_quantizer, " x ", w_quantizer, " is no product of integers; dequantize both");
-  const Tensor flat = torch::stable::reshape(x, Shape{product(lead), k});
+  const Tensor flat = torch::stable::reshape(x, Shape{product(lead), x.size(x.dim() - 1)});
   const OperandTensors right(op, "w", w, w_scale, w_sum, w_index, weight.grid, plan.w, k);
-  const Quantized quantized = quantize(op, flat, activation, plan.a, /*mask=*/false);
+  const Quantized quantized = quantize(op, flat, activation, plan.a, /*mask=*/false, prologue);
   const OperandTensors left(op, "x", quantized.codes, quantized.scale, quantized.code_sum, std::nullopt, activation.grid, plan.a, k);
   return integer_gemm(op, plan.family, left, right, k, bias, x, with_last(lead, right.rows()), x.scalar_type());
 }

@@ -17,8 +17,11 @@ bool is_sparse(const Quantizer& quantizer) { return quantizer.sparsity == Sparsi
 
 ScalarType codes_dtype(Layout layout) { return layout == Layout::kValues ? ScalarType::Char : ScalarType::Byte; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& x, std::string quantizer, std::string layout, bool mask) {
-  Quantized result = quantize("quantize", x, parse_quantizer(quantizer), parse_layout(layout), mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& x, std::string quantizer, std::string layout, bool mask,
+                                                               std::string prologue, std::optional<Tensor> norm_weight,
+                                                               double norm_epsilon) {
+  Quantized result = quantize("quantize", x, parse_quantizer(quantizer), parse_layout(layout), mask,
+                              {parse_prologue(prologue), norm_weight, norm_epsilon});
   return {result.codes, result.scale, result.code_sum, result.mask, result.index};
 }
 
@@ -75,12 +78,31 @@ Tensor quantize_backward(const Tensor& grad, const Tensor& mask, std::string qua
 
 }  // namespace
 
-Quantized quantize(const char* op, const Tensor& x, const Quantizer& quantizer, Layout layout, bool mask) {
+int64_t quantized_width(const char* op, const Tensor& x, PrologueKind prologue) {
   check_rank(op, "x", x, 1);
+  const int64_t width = x.size(x.dim() - 1);
+  if (prologue != PrologueKind::kSiluMul) return width;
+  check(width % 2 == 0, op, ": expected x with an even last dimension, gate and up, for prologue silu_mul, got shape ",
+        to_text(shape_of(x)), "; concatenate the two");
+  return width / 2;
+}
+
+Quantized quantize(const char* op, const Tensor& x, const Quantizer& quantizer, Layout layout, bool mask,
+                   const PrologueArguments& prologue) {
+  const int64_t k = quantized_width(op, x, prologue.kind);
   const DType dtype = real_dtype(op, "x", x.scalar_type());
-  const int64_t k = x.size(x.dim() - 1);
   const Shape lead = lead_shape(x);
   check_layout(op, quantizer, layout, product(lead), k);
+  Prologue first{prologue.kind, nullptr, static_cast<float>(prologue.epsilon)};
+  std::optional<Tensor> weight;
+  if (prologue.weight) {
+    check_dtype(op, "norm_weight", *prologue.weight, {x.scalar_type()});
+    check_shape(op, "norm_weight", *prologue.weight, {k});
+    check_same_device(op, "norm_weight", *prologue.weight, "x", x);
+    weight = readable(*prologue.weight);
+    first.weight = weight->const_data_ptr();
+  }
+  check_prologue(op, first);
   const Tensor input = readable(x);
   Quantized result{
       empty_on(x, codes_shape(quantizer, layout, lead, k), codes_dtype(layout)),
@@ -97,7 +119,7 @@ Quantized quantize(const char* op, const Tensor& x, const Quantizer& quantizer, 
       is_sparse(quantizer) ? static_cast<uint8_t*>(result.index.mutable_data_ptr()) : nullptr,
   };
   const Execution execution(x);
-  backend::quantize(quantizer, layout, input.const_data_ptr(), dtype, product(lead), k, output, execution);
+  backend::quantize(quantizer, layout, input.const_data_ptr(), dtype, product(lead), k, output, execution, first);
   return result;
 }
 

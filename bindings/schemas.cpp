@@ -5,7 +5,8 @@
 STABLE_TORCH_LIBRARY(quest, m) {
   m.def("hadamard(Tensor x, int? block=None) -> Tensor");
   m.def(
-      "quantize(Tensor x, str quantizer, str layout=\"codes\", bool mask=True)"
+      "quantize(Tensor x, str quantizer, str layout=\"codes\", bool mask=True, str prologue=\"none\", Tensor? norm_weight=None,"
+      " float norm_epsilon=0.0)"
       " -> (Tensor codes, Tensor scale, Tensor code_sum, Tensor mask, Tensor index)");
   m.def("dequantize(Tensor codes, Tensor scale, Tensor? index, str quantizer, str layout, int k, ScalarType dtype) -> Tensor");
   m.def("quantize_backward(Tensor grad, Tensor mask, str quantizer) -> Tensor");
@@ -24,6 +25,6 @@ STABLE_TORCH_LIBRARY(quest, m) {
       " Tensor? bias, ScalarType dtype, str a_layout=\"\") -> Tensor");
   m.def("gemm_weight_only(Tensor x, Tensor w, Tensor w_scale, str w_grid, str w_layout, Tensor? bias) -> Tensor");
   m.def(
-      "linear(Tensor x, str a_quantizer, Tensor w, Tensor w_scale, Tensor w_sum, Tensor? w_index, str w_quantizer, Tensor? bias) -> "
-      "Tensor");
+      "linear(Tensor x, str a_quantizer, Tensor w, Tensor w_scale, Tensor w_sum, Tensor? w_index, str w_quantizer, Tensor? bias,"
+      " str prologue=\"none\", Tensor? norm_weight=None, float norm_epsilon=0.0) -> Tensor");
 }

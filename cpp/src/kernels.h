@@ -33,6 +33,10 @@ struct QuantizeTask {
   const void* x;
   DType dtype;
   int64_t k;
+  int64_t x_row_bytes;
+  PrologueKind prologue;
+  const void* norm_weight;  // kRmsNorm, of dtype
+  float norm_epsilon;
   int64_t block;  // 1: no rotation
   bool sparse;
   Grid grid;
@@ -128,6 +132,7 @@ struct Kernels {
   int64_t tile_m, tile_n;    // the part of y that is held in registers
   int32_t max_bit_products;  // with at most this many pairs of planes a product is faster by popcounts than on bytes
   void (*rotate_rows)(const RotateTask& task, int64_t begin, int64_t end, float* row);
+  // row: with a prologue, scratch of two rows.
   void (*quantize_rows)(const QuantizeTask& task, int64_t begin, int64_t end, float* row);
   void (*dequantize_rows)(const DequantizeTask& task, int64_t begin, int64_t end, float* row);
   // Position of the first code >= limit, or -1.

@@ -32,6 +32,13 @@ void check_index(const char* op, const Quantizer& quantizer, bool has_index) {
         has_index ? "one" : "none", "; pass the index that quantize gave, where it gave one");
 }
 
+void check_prologue(const char* op, const Prologue& prologue) {
+  const bool is_norm = prologue.kind == PrologueKind::kRmsNorm;
+  check(is_norm == (prologue.weight != nullptr), op, ": expected ", is_norm ? "a norm_weight" : "no norm_weight", " for prologue ",
+        to_string(prologue.kind), ", got ", prologue.weight != nullptr ? "one" : "none",
+        is_norm ? "; pass the weight of the norm" : "; leave it out, or use rms_norm");
+}
+
 int64_t rotation_block(const Quantizer& quantizer, int64_t k) {
   return quantizer.rotation == Rotation::kHadamard && k > 0 ? default_block(k) : 1;
 }
@@ -41,13 +48,18 @@ int64_t stored_codes(const Quantizer& quantizer, Layout layout, int64_t k) {
 }
 
 void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dtype, int64_t rows, int64_t k, const QuantizeOutput& output,
-              const ParallelFor& parallel_for) {
+              const ParallelFor& parallel_for, const Prologue& prologue) {
   check_layout("quantize", quantizer, layout, rows, k);
+  check_prologue("quantize", prologue);
   const Grid grid = quantizer.grid;
   QuantizeTask task{};
   task.x = x;
   task.dtype = dtype;
   task.k = k;
+  task.x_row_bytes = input_width(prologue.kind, k) * element_size(dtype);
+  task.prologue = prologue.kind;
+  task.norm_weight = prologue.weight;
+  task.norm_epsilon = prologue.epsilon;
   task.block = rotation_block(quantizer, k);
   task.sparse = quantizer.sparsity == Sparsity::kFourEight;
   check_index("quantize", quantizer, output.index != nullptr);
@@ -82,8 +94,9 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   }
   if (rows == 0) return;
   const Kernels& kernel = kernels();
+  const int64_t scratch_rows = prologue.kind == PrologueKind::kNone ? 1 : 2;
   parallel_for(0, rows, row_grain(k), [&](int64_t begin, int64_t end) {
-    Buffer<float> row(round_up(k, kRowChunk));
+    Buffer<float> row(scratch_rows * round_up(k, kRowChunk));
     kernel.quantize_rows(task, begin, end, row.data());
   });
 }

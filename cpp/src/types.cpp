@@ -1,4 +1,4 @@
-// Names of quantizers, grids and layouts, in both directions.
+// Names of quantizers, grids, layouts and prologues, in both directions.
 #include "quest/types.h"
 
 #include <algorithm>
@@ -38,6 +38,8 @@ constexpr std::array<Name<Layout>, 5> kLayouts = {{{"codes", Layout::kCodes},
                                                    {"packed", Layout::kPacked},
                                                    {"planes", Layout::kPlanes},
                                                    {"even_odd", Layout::kEvenOdd}}};
+constexpr std::array<Name<PrologueKind>, 3> kPrologues = {
+    {{"none", PrologueKind::kNone}, {"rms_norm", PrologueKind::kRmsNorm}, {"silu_mul", PrologueKind::kSiluMul}}};
 
 bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
 
@@ -132,6 +134,8 @@ Grid parse_grid(std::string_view text) {
 
 Layout parse_layout(std::string_view text) { return parse_name("layout", text, kLayouts); }
 
+PrologueKind parse_prologue(std::string_view text) { return parse_name("prologue", text, kPrologues); }
+
 Quantizer parse_quantizer(std::string_view text) {
   const std::string what = concat("quantizer \"", text, "\"");
   // The next part, up to a dash. The last part is not cut: a bound may be 1e-05.
@@ -179,6 +183,8 @@ std::string to_string(Grid grid) {
 }
 
 std::string to_string(Layout layout) { return std::string(name_of(layout, kLayouts)); }
+
+std::string to_string(PrologueKind prologue) { return std::string(name_of(prologue, kPrologues)); }
 
 std::string to_string(const Quantizer& quantizer) {
   return concat(to_string(quantizer.grid), "-", name_of(quantizer.rotation, kRotations), "-",

@@ -26,6 +26,21 @@ __device__ __forceinline__ float float16_to_float(uint16_t bits) {
   return value;
 }
 
+// ---- the special function unit, to a unit or two in the last place; subnormal numbers are 0
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
+// ---- global memory
+
 // 16 bytes that nobody reads again: not kept in the first cache, and memory is asked for whole lines of 128 bytes where lanes read half of
 // one (a product for few rows took up to 12 % longer without).
 __device__ __forceinline__ uint4 load_once(const void* global) {
@@ -36,6 +51,9 @@ __device__ __forceinline__ uint4 load_once(const void* global) {
                : "memory");
   return words;
 }
+
+// Brings what lies at an address to the L2 cache, and waits for nothing.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // ---- shared memory
 __device__ __forceinline__ uint8_t* dynamic_shared() {

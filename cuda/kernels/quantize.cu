@@ -1,17 +1,21 @@
 // quantize: x_h = x H, sigma, codes, code sum, mask bits and 4:8 index in one pass: one read of x, one write of each output.
 //
-// Two kernels. Both keep a row of up to 32768 values in registers between sigma and the codes, and join the warps of a row through shared
-// memory for its two sums (squares, codes).
+// Two kernels. Both keep a row of up to 32768 values (quantize_kernel with a prologue: 8192) in registers between sigma and the codes, and
+// join the warps of a row through shared memory for its two sums (squares, codes).
 //
-// quantize_blocks_kernel takes what is common: equal steps between levels, rows that are whole blocks of 128 values, no sparsity. On Hopper
-// memory gives an instruction budget of about 20 a value, so here everything is made of few: see there. Which kernel runs depends on the
-// quantizer, on K and on addresses (multiples of 16 bytes), not on the layout or the number of rows: the codes are the same in all of them.
+// quantize_blocks_kernel takes what is common: equal steps between levels, rows that are whole blocks of 128 values, no sparsity, no
+// prologue without a rotation. On Hopper memory gives an instruction budget of about 20 a value, so here everything is made of few: see
+// there. Which kernel runs depends on the quantizer, on K and on addresses (multiples of 16 bytes), not on the layout or the number of
+// rows: the codes are the same in all of them.
 //
 // quantize_kernel takes everything. A row belongs to one thread block (short rows: several rows a block, a warp each). Thread t holds the
 // chunks t, t + T, ... of 8 values, so loads are coalesced and a rotation block of at most 128 values lies in at most 16 neighbouring lanes
-// (hadamard.cuh). Rows that are too long for the registers are walked twice, and their second read of x comes from the cache or from
-// memory. Its arithmetic is the CPU backend's, operation by operation, but for the order of the sum of squares: a code differs only where
-// that moves x_h/s across a rounding boundary.
+// (hadamard.cuh). Rows that are too long for the registers are walked twice (with rms_norm three times), and later reads of x come from the
+// cache or from memory. Its arithmetic is the CPU backend's, operation by operation, but for the order of the sum of squares: a code
+// differs only where that moves x_h/s across a rounding boundary.
+//
+// A prologue works on what was loaded, before anything else, and leaves numbers of the same type: what follows does not know of it.
+// rms_norm needs one more sum over the row first; its weight comes from the cache. Kernels without a prologue have no trace of one.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -32,6 +36,7 @@ constexpr int kMaxThreads = 512;  // leaves a thread 128 registers, of which 8 c
 
 struct Problem {
   const void* x;
+  Prologue prologue;
   DType dtype;
   int64_t rows, k;
   int64_t chunks;  // of a row with its padding
@@ -73,6 +78,18 @@ __device__ T sum_over_row(T value, T* partial) {
   if (lane == 0) partial[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   return sum_over_warp(lane < static_cast<int>(blockDim.x / kWarpSize) ? partial[lane] : T(0));
+}
+
+// x/(1 + e^-x), off by at most some (|x| + 6) 2^-24 of it: the product with 1/ln(2) is rounded, and two approximations follow. (Rounded to
+// bfloat16, one value in about 10000 is the neighbour of the right one; to float16, one in 1000.)
+__device__ __forceinline__ float silu(float x) {
+  constexpr float kOneOverLn2 = 1.44269504f;
+  return x * reciprocal_approximate(1.0f + exp2_approximate(-kOneOverLn2 * x));
+}
+
+// What rms_norm multiplies by, of the sum of a row's squares.
+__device__ __forceinline__ float norm_factor(float squares, float one_over_k, float epsilon) {
+  return rsqrtf(fmaf(squares, one_over_k, epsilon));
 }
 
 template <typename Grid>
@@ -200,8 +217,21 @@ __device__ int32_t quantize_chunk(const Problem& problem, const Grid& grid, cons
   return sum;
 }
 
+template <DType DTYPE>
+__device__ __forceinline__ void round_chunk(float (&x)[kChunk]) {
+  RawChunk<DTYPE> rounded;
+  rounded.from_floats(x);
+  rounded.to_floats(x);
+}
+
+// To the nearest numbers of dtype.
+__device__ __forceinline__ void round_chunk(float (&x)[kChunk], DType dtype) {
+  if (dtype == DType::kBFloat16) round_chunk<DType::kBFloat16>(x);
+  if (dtype == DType::kFloat16) round_chunk<DType::kFloat16>(x);
+}
+
 // blockDim: threads a row (whole warps), rows a block (1 when a row has several warps). CHUNKS: chunks a thread holds.
-template <typename Grid, int CHUNKS>
+template <typename Grid, int CHUNKS, bool PROLOGUE>
 __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Grid grid) {
   __shared__ float table[Grid::kTableFloats];
   __shared__ float square_sums[kWarpSize];
@@ -213,28 +243,69 @@ __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_cons
   const int64_t pass = static_cast<int64_t>(blockDim.x) * CHUNKS;
   const bool in_registers = problem.chunks <= pass;
 
+  const bool gated = PROLOGUE && problem.prologue.kind == PrologueKind::kSiluMul;
+  const bool normalized = PROLOGUE && problem.prologue.kind == PrologueKind::kRmsNorm;
+
   float x[CHUNKS][kChunk];
   auto load = [&](int64_t first) {
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
       const int64_t column = (first + i * static_cast<int64_t>(blockDim.x) + threadIdx.x) * kChunk;
       const int64_t left = k - column;
-      load_chunk(x[i], problem.x, problem.dtype, row * k + column,
+      const int count = static_cast<int>(left < 0 ? 0 : left < kChunk ? left : kChunk);
+      const int64_t start = row * (gated ? 2 * k : k);
+      load_chunk(x[i], problem.x, problem.dtype, start + column, count, problem.vectorized_input);
+      if (gated) {
+        float up[kChunk];
+        load_chunk(up, problem.x, problem.dtype, start + k + column, count, problem.vectorized_input);
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) x[i][j] = silu(x[i][j]);
+        round_chunk(x[i], problem.dtype);
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) x[i][j] *= up[j];
+        round_chunk(x[i], problem.dtype);
+      }
+    }
+  };
+  float factor = 0.0f;  // of rms_norm
+  auto normalize = [&](int64_t first) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      const int64_t column = (first + i * static_cast<int64_t>(blockDim.x) + threadIdx.x) * kChunk;
+      const int64_t left = k - column;
+      float weight[kChunk];
+      load_chunk(weight, problem.prologue.weight, problem.dtype, column,
                  static_cast<int>(left < 0        ? 0
                                   : left < kChunk ? left
                                                   : kChunk),
                  problem.vectorized_input);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) x[i][j] = x[i][j] * factor * weight[j];
+      round_chunk(x[i], problem.dtype);
     }
   };
-
-  float squares = 0.0f;
-  for (int64_t first = 0; first < problem.chunks; first += pass) {
-    load(first);
+  auto add_squares = [&](float& sum) {
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) squares = fmaf(x[i][j], x[i][j], squares);
+      for (int j = 0; j < kChunk; ++j) sum = fmaf(x[i][j], x[i][j], sum);
     }
+  };
+
+  if (normalized) {
+    __shared__ float input_sums[kWarpSize];
+    float input_squares = 0.0f;
+    for (int64_t first = 0; first < problem.chunks; first += pass) {
+      load(first);
+      add_squares(input_squares);
+    }
+    factor = norm_factor(sum_over_row(input_squares, input_sums), 1.0f / static_cast<float>(problem.k), problem.prologue.epsilon);
+  }
+  float squares = 0.0f;
+  for (int64_t first = 0; first < problem.chunks; first += pass) {
+    if (!normalized || !in_registers) load(first);
+    if (normalized) normalize(first);
+    add_squares(squares);
   }
   squares = sum_over_row(squares, square_sums);
   if (blockDim.x == kWarpSize) __syncthreads();  // for `table`; longer rows have met in the sum
@@ -244,7 +315,10 @@ __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_cons
 
   int32_t code_sum = 0;
   for (int64_t first = 0; first < problem.chunks; first += pass) {
-    if (!in_registers) load(first);
+    if (!in_registers) {
+      load(first);
+      if (normalized) normalize(first);
+    }
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
       if (problem.block > 1) {
@@ -275,6 +349,8 @@ constexpr int kWarpBlocks = 8;  // blocks of 128 values that a warp holds, a qua
 // The registers hold x_h/gain: what the rotation multiplies by is part of the factors that follow it.
 struct BlocksProblem {
   const uint8_t* x;
+  const uint8_t* norm_weight;
+  float norm_epsilon, one_over_k;
   uint8_t* codes;
   float* scale;
   int32_t* code_sum;
@@ -298,6 +374,57 @@ struct BlocksProblem {
 // Added to a float of at most 2^22, this leaves the float rounded, ties to even, as an integer in the low bits.
 constexpr float kIntegerFloat = 12582912.0f;
 
+// The instructions for pairs of a 16-bit type.
+template <DType DTYPE>
+using PairOf = std::conditional_t<DTYPE == DType::kBFloat16, MmaBFloat16, MmaFloat16>;
+
+// gate becomes silu(gate), rounded, times up, rounded.
+template <DType DTYPE>
+__device__ __forceinline__ void silu_mul(RawChunk<DTYPE>& gate, const RawChunk<DTYPE>& up) {
+  float x[kChunk];
+  gate.to_floats(x);
+#pragma unroll
+  for (int j = 0; j < kChunk; ++j) x[j] = silu(x[j]);
+  gate.from_floats(x);
+  auto product = [](uint32_t a, uint32_t b) {
+    if constexpr (DTYPE == DType::kFloat32) {
+      return __float_as_uint(__uint_as_float(a) * __uint_as_float(b));
+    } else {  // two products a word, each rounded once, as from float32, which holds it exactly; -0 added keeps every sign
+      return PairOf<DTYPE>::fma(a, b, 0x80008000u);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < RawChunk<DTYPE>::kBytes / 16; ++i) {
+    uint4& a = gate.vectors[i];
+    const uint4 b = up.vectors[i];
+    a = make_uint4(product(a.x, b.x), product(a.y, b.y), product(a.z, b.z), product(a.w, b.w));
+  }
+}
+
+template <int COUNT>
+__device__ __forceinline__ float sum_of_squares(const float (&x)[COUNT]) {
+  float partial[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums that do not wait for each other
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) partial[i % 4] = fmaf(x[i], x[i], partial[i % 4]);
+  return (partial[0] + partial[1]) + (partial[2] + partial[3]);
+}
+
+// Sum of what each warp of a row has; every thread gets it. sums: nothing else uses it.
+__device__ __forceinline__ float sum_over_warps(float value, float4 (&sums)[kMaxRowWarps / 4], int warps) {
+  float* const partial = reinterpret_cast<float*>(sums);
+  const int lane = threadIdx.x % kWarpSize;
+  if (lane == 0) partial[threadIdx.x / kWarpSize] = value;
+  if (threadIdx.x < kWarpSize && lane >= warps) partial[lane] = 0.0f;  // to whole vectors
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int i = 0; 4 * i < warps; ++i) {
+    const float4 four = sums[i];
+    sum += (four.x + four.y) + (four.z + four.w);
+  }
+  return sum;
+}
+
 // A lane's chunks 2t, 2t + 1, 8 + 2t, 9 + 2t have a byte each in `word`. Neighbouring lanes exchange halves, so that each has 4 bytes of
 // the 16 of its block that lie side by side: the lanes of a quad those at byte 0, 8, 4, 12.
 __device__ __forceinline__ uint32_t gather_bytes(uint32_t word) {
@@ -314,7 +441,7 @@ __device__ __forceinline__ void hadamard_tensor_cores(float (&x)[kQuadValues], c
   // Entry (k, n) of H_16 is -1 to the number of bits that k and n share. This lane's are k = 2t, 2t + 1 (and 8 more) of column lane/4 (and
   // 8 more): the last two differ in the sign where both are the upper ones.
   constexpr uint32_t kSixteenth = DTYPE == DType::kBFloat16 ? 0x3D80u : 0x2C00u;
-  using Mma = std::conditional_t<DTYPE == DType::kBFloat16, MmaBFloat16, MmaFloat16>;
+  using Mma = PairOf<DTYPE>;
   const uint32_t column = threadIdx.x % kWarpSize / 4;
   const uint32_t low = __popc(2 * (threadIdx.x % 4) & column) & 1;
   const uint32_t high = low ^ (column & 1);
@@ -370,7 +497,7 @@ __device__ __forceinline__ uint32_t round_values(float (&x)[kQuadValues], const 
 //
 // 56 registers: fewer do not hold the 32 values, their addresses and what a row needs; with 64 fewer warps would cover the time that loads
 // take. (Two groups of 8 blocks a warp share more of the work that is not per value, but half as many warps cost as much as that saves.)
-template <DType DTYPE, bool ROTATE>
+template <DType DTYPE, bool ROTATE, PrologueKind PROLOGUE>
 __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
   __shared__ float4 square_sums[kMaxRowWarps / 4];
   __shared__ int32_t row_code_sum;
@@ -389,23 +516,56 @@ __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ B
   dependents_may_launch();
   wait_for_prerequisites();
   Raw raw[4];
-  const uint8_t* source = problem.x + (row_block * (kQuadBlock / kChunk) + 2 * quad_lane) * Raw::kBytes;
+  auto address = [&](const uint8_t* base, int64_t at, int i) {  // of this lane's i-th chunk of block `at`
+    return base + (at * (kQuadBlock / kChunk) + 2 * quad_lane + i / 2 * 8 + i % 2) * Raw::kBytes;
+  };
+  auto load = [&](Raw(&chunks)[4], const uint8_t* base, int64_t at) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    raw[i].clear();
-    if (exists) raw[i].load(source + (i / 2 * 8 + i % 2) * Raw::kBytes);
-  }
+    for (int i = 0; i < 4; ++i) {
+      chunks[i].clear();
+      if (exists) chunks[i].load(address(base, at, i));
+    }
+  };
   float x[kQuadValues];
+  if constexpr (PROLOGUE == PrologueKind::kNone) {
+    load(raw, problem.x, row_block);
+  } else if constexpr (PROLOGUE == PrologueKind::kSiluMul) {
+    Raw up[4];
+    load(raw, problem.x, row_block + row * problem.blocks);
+    load(up, problem.x, row_block + (row + 1) * problem.blocks);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) silu_mul(raw[i], up[i]);
+  } else {
+    __shared__ float4 input_sums[kMaxRowWarps / 4];
+    load(raw, problem.x, row_block);
+    // While x waits for the sum it leaves no registers for the weight, which few rows find in a cache.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (exists) prefetch(address(problem.norm_weight, block, i));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) raw[i].to_floats(x + i * kChunk);
+    float squares = sum_over_warp(sum_of_squares(x));
+    if (warps > 1) squares = sum_over_warps(squares, input_sums, warps);
+    Raw weight[4];
+    load(weight, problem.norm_weight, block);
+    const float factor = norm_factor(squares, problem.one_over_k, problem.norm_epsilon);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float w[kChunk];
+      weight[i].to_floats(w);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) x[i * kChunk + j] = x[i * kChunk + j] * factor * w[j];
+      raw[i].from_floats(x + i * kChunk);
+    }
+  }
   if constexpr (kTensorCores) {
     hadamard_tensor_cores<DTYPE>(x, raw);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) raw[i].to_floats(x + i * kChunk);
   }
-  float partial[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums that do not wait for each other
-#pragma unroll
-  for (int i = 0; i < kQuadValues; ++i) partial[i % 4] = fmaf(x[i], x[i], partial[i % 4]);
-  float squares = sum_over_warp((partial[0] + partial[1]) + (partial[2] + partial[3]));
+  float squares = sum_over_warp(sum_of_squares(x));
   if constexpr (ROTATE && !kTensorCores) {
     butterfly<kQuadValues, 1>(x);
     butterfly<kQuadValues, 2>(x);
@@ -416,19 +576,8 @@ __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ B
     butterfly<kQuadValues, 16>(x);
   }
   if (warps > 1) {
-    float* sums = reinterpret_cast<float*>(square_sums);
-    if (lane == 0) sums[warp] = squares;
-    if (warp == 0) {
-      if (lane == 0) row_code_sum = 0;
-      if (lane >= warps) sums[lane] = 0.0f;  // to whole vectors
-    }
-    __syncthreads();
-    squares = 0.0f;
-#pragma unroll 1
-    for (int i = 0; 4 * i < warps; ++i) {
-      const float4 four = square_sums[i];
-      squares += (four.x + four.y) + (four.z + four.w);
-    }
+    if (threadIdx.x == 0) row_code_sum = 0;
+    squares = sum_over_warps(squares, square_sums, warps);
   }
 
   const bool finite = squares <= problem.largest_sum;
@@ -521,11 +670,14 @@ __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ B
 // Runs quantize_blocks_kernel if this problem is one for it.
 bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& problem, const Device& device, cudaStream_t stream) {
   const GridKind kind = quantizer.grid.kind;
+  const bool rotate = problem.block > 1;
+  const PrologueKind prologue = problem.prologue.kind;
+  // A prologue without a rotation is too rare for kernels of its own.
   const bool suits = kind != GridKind::kFp4 && kind != GridKind::kGauss && !problem.sparse && problem.k > 0 &&
                      problem.k % kQuadBlock == 0 && problem.k <= kMaxRowWarps * kWarpBlocks * kQuadBlock && is_aligned(problem.x, 16) &&
-                     is_aligned(problem.output.codes, 16) && is_aligned(problem.output.mask, 16);
+                     is_aligned(problem.output.codes, 16) && is_aligned(problem.output.mask, 16) &&
+                     is_aligned(problem.prologue.weight, 16) && (rotate || prologue == PrologueKind::kNone);
   if (!suits) return false;
-  const bool rotate = problem.block > 1;
   const bool tensor_cores = rotate && problem.dtype != DType::kFloat32;
   // What the registers hold times this is x_h: with the tensor cores x H/16, else x H, instead of x H/sqrt(128).
   const double gain = tensor_cores ? 16 / std::sqrt(128.0) : rotate ? 1 / std::sqrt(128.0) : 1.0;
@@ -536,6 +688,9 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
 
   BlocksProblem blocks{};
   blocks.x = static_cast<const uint8_t*>(problem.x);
+  blocks.norm_weight = static_cast<const uint8_t*>(problem.prologue.weight);
+  blocks.norm_epsilon = problem.prologue.epsilon;
+  blocks.one_over_k = 1.0f / static_cast<float>(problem.k);
   blocks.codes = static_cast<uint8_t*>(problem.output.codes);
   blocks.scale = problem.output.scale;
   blocks.code_sum = problem.output.code_sum;
@@ -581,7 +736,14 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   const dim3 thread_blocks = grid_of(op, (problem.rows + block_rows - 1) / block_rows);
   with_dtype(problem.dtype, [&](auto type) {
     auto run = [&](auto kernel) { launch_with({1, device.hopper_code}, op, kernel, thread_blocks, threads, 0, stream, blocks); };
-    rotate ? run(quantize_blocks_kernel<type(), true>) : run(quantize_blocks_kernel<type(), false>);
+    switch (prologue) {
+      case PrologueKind::kNone:
+        rotate ? run(quantize_blocks_kernel<type(), true, PrologueKind::kNone>)
+               : run(quantize_blocks_kernel<type(), false, PrologueKind::kNone>);
+        break;
+      case PrologueKind::kRmsNorm: run(quantize_blocks_kernel<type(), true, PrologueKind::kRmsNorm>); break;
+      case PrologueKind::kSiluMul: run(quantize_blocks_kernel<type(), true, PrologueKind::kSiluMul>); break;
+    }
   });
   return true;
 }
@@ -589,10 +751,11 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
 }  // namespace
 
 void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dtype, int64_t rows, int64_t k, const QuantizeOutput& output,
-              cudaStream_t stream) {
+              cudaStream_t stream, const Prologue& prologue) {
   const char* op = "quantize";
   const QuantizeParams params = quantize_params(quantizer);
   check_layout(op, quantizer, layout, rows, k);
+  check_prologue(op, prologue);
   check_index(op, quantizer, output.index != nullptr);
   if (rows == 0) return;
   const Device device = current_device(op);
@@ -603,6 +766,7 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   const int64_t chunks = round_up(k, kWarpSize * kChunk) / kChunk;
   Problem problem{};
   problem.x = x;
+  problem.prologue = prologue;
   problem.dtype = dtype;
   problem.rows = rows;
   problem.k = k;
@@ -617,13 +781,14 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   problem.layout = layout;
   problem.bits = quantizer.grid.bits;
   problem.output = output;
-  problem.vectorized_input = is_aligned(x, 16) && k * element_size(dtype) % 16 == 0;
+  problem.vectorized_input = is_aligned(x, 16) && is_aligned(prologue.weight, 16) && k * element_size(dtype) % 16 == 0;
   problem.vectorized_codes = is_aligned(output.codes, 8) && k % 8 == 0;
 
   if (quantize_blocks(op, quantizer, problem, device, stream)) return;
 
-  // Chunks a thread: as few as keep a row within 256, then 512 threads.
-  const int64_t held = chunks <= 256 ? 1 : chunks <= 1024 ? 2 : chunks <= 2048 ? 4 : 8;
+  // Chunks a thread: as few as keep a row within 256, then 512 threads; with a prologue always two, so that there are few kernels.
+  const bool plain = prologue.kind == PrologueKind::kNone;
+  const int64_t held = !plain ? 2 : chunks <= 256 ? 1 : chunks <= 1024 ? 2 : chunks <= 2048 ? 4 : 8;
   const int64_t threads = std::max<int64_t>(kWarpSize, std::min<int64_t>(kMaxThreads, round_up((chunks + held - 1) / held, kWarpSize)));
   const int64_t rows_a_block = threads == kWarpSize ? std::min<int64_t>(rows, 8) : 1;
   const dim3 threads_of_block(static_cast<unsigned>(threads), static_cast<unsigned>(rows_a_block));
@@ -631,11 +796,12 @@ void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dt
   with_grid(quantizer.grid, [&](auto grid) {
     using Grid = decltype(grid);
     auto run = [&](auto kernel) { launch(op, kernel, blocks, threads_of_block, 0, stream, problem, grid); };
+    if (!plain) return run(quantize_kernel<Grid, 2, true>);
     switch (held) {
-      case 1: run(quantize_kernel<Grid, 1>); break;
-      case 2: run(quantize_kernel<Grid, 2>); break;
-      case 4: run(quantize_kernel<Grid, 4>); break;
-      default: run(quantize_kernel<Grid, 8>);
+      case 1: run(quantize_kernel<Grid, 1, false>); break;
+      case 2: run(quantize_kernel<Grid, 2, false>); break;
+      case 4: run(quantize_kernel<Grid, 4, false>); break;
+      default: run(quantize_kernel<Grid, 8, false>);
     }
   });
 }

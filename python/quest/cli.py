@@ -310,10 +310,12 @@ def _device(name: str) -> str:
 
 
 def _open(model: str, tokenizer: str | None, device: str) -> tuple[Any, Any]:
+    from quest.infer.fuse import fuse_prologues
     from quest.infer.load import open_model
     from quest.models.tokenizer import Tokenizer
 
     network, words = open_model(model, _device(device))
+    fuse_prologues(network)
     if tokenizer is not None:
         words = Tokenizer.load(tokenizer)
     if words is None:

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 
 from quest import cli
-from quest.infer import evaluate_tokens
+from quest.infer import evaluate_tokens, fuse_prologues
 from quest.models import Llama, load_packed
 from quest.models.packed import save_packed
 from quest.surgery import convert
@@ -94,7 +94,7 @@ def main() -> int:
 
     before = validation_loss(model.to(device))
     sizes = save_packed(convert(model), PACKED, tokenizer, {"source": "quest.demo"})
-    after = validation_loss(load_packed(PACKED, device))
+    after = validation_loss(fuse_prologues(load_packed(PACKED, device)))  # as `quest generate` runs it
     data.close()
     print(f"size:            {sizes}")
     print(f"validation loss: {before:.5f} trained, {after:.5f} packed")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -231,6 +231,10 @@ class QuestLinear(nn.Linear):
         return f"{super().extra_repr()}, {_describe(self.weight_quantizer, self.activation_quantizer)}"
 
 
+_Prologue = tuple[ops.Prologue, Tensor | None, float]  # as the operations take it: kind, norm_weight, norm_epsilon
+_NO_PROLOGUE: _Prologue = ("none", None, 0.0)
+
+
 class PackedLinear(nn.Module):
     """The inference form of QuestLinear: the weight stored as codes, the product taken by one torch.ops.quest.linear.
 
@@ -240,6 +244,7 @@ class PackedLinear(nn.Module):
     new layer's buffers hold nothing: load_state_dict fills them (on "meta": with assign=True), or use `from_linear`.
     Products that have no integer or weight-only kernel (gauss, rotations that differ) are taken by F.linear on
     dequantized operands.
+    prologue: a module that `fuse` made the layer apply to its input first, or None.
     """
 
     weight_codes: Tensor
@@ -247,6 +252,7 @@ class PackedLinear(nn.Module):
     weight_code_sum: Tensor
     weight_index: Tensor | None
     bias: Tensor | None
+    prologue: nn.Module | None
 
     def __init__(
         self,
@@ -269,6 +275,8 @@ class PackedLinear(nn.Module):
         self.activation_quantizer = as_quantizer(activation_quantizer)
         _check_features(in_features, self.weight_quantizer, self.activation_quantizer)
         self.plan = plan_linear(self.activation_quantizer, self.weight_quantizer)
+        self.prologue = None
+        self.prologue_kind: ops.Prologue = "none"
         # On "meta" quantize gives the shapes and dtypes of its results and computes nothing.
         shape = torch.empty(out_features, in_features, device="meta")
         codes = ops.quantize(shape, self.weight_quantizer, self.plan.w_layout, mask=False)
@@ -319,8 +327,34 @@ class PackedLinear(nn.Module):
         )
         return packed.train(layer.training)
 
+    def fuse(self, kind: Literal["rms_norm", "silu_mul"], module: nn.Module) -> None:
+        """From now on the layer applies `module` to its input first, within the kernel that quantizes it: what the
+        module gives is not written to memory. Where there is no such kernel (a real input, another dtype than that of
+        the norm's weight), the layer calls the module.
+
+        kind: what it computes: rms_norm (an nn.RMSNorm over in_features), or silu_mul (no parameters; the layer's input
+        then has 2 in_features). The module's parameters are now those of this layer, also in a state_dict.
+        Raises ValueError for a layer that has a prologue.
+        """
+        if self.prologue is not None:
+            raise ValueError(f"PackedLinear.fuse: expected a layer without a prologue, got one with {self.prologue}")
+        self.prologue_kind, self.prologue = kind, module
+
+    def _fused_prologue(self, input: Tensor) -> _Prologue | None:
+        """The prologue as the operations take it; None where the module has to be called."""
+        if self.prologue is None:
+            return _NO_PROLOGUE
+        if self.plan.a is None:
+            return None
+        if self.prologue_kind == "silu_mul":
+            return "silu_mul", None, 0.0
+        norm = cast(nn.RMSNorm, self.prologue)
+        if norm.weight is None or norm.eps is None or norm.weight.dtype != input.dtype:
+            return None
+        return "rms_norm", norm.weight, norm.eps
+
     def forward(self, input: Tensor) -> Tensor:
-        _check_input("PackedLinear", input, self.in_features)
+        _check_input("PackedLinear", input, self.in_features * (2 if self.prologue_kind == "silu_mul" else 1))
         y = self._forward(input.detach())
         if torch.is_grad_enabled() and input.requires_grad:
             return cast(Tensor, _InferenceOnly.apply(input, y))  # type: ignore[no-untyped-call]
@@ -329,6 +363,11 @@ class PackedLinear(nn.Module):
     def _forward(self, input: Tensor) -> Tensor:
         dtype = _compute_dtype(input)
         plan = self.plan
+        fused = self._fused_prologue(input)
+        if fused is None:
+            with torch.no_grad():
+                input = cast(nn.Module, self.prologue)(input)
+        prologue = fused or _NO_PROLOGUE
         if plan.a is None:
             input = input.to(dtype)  # as F.linear does under autocast
         # The operation gives y in the dtype of its input. Where autocast asks for another, the input is quantized as it
@@ -343,11 +382,12 @@ class PackedLinear(nn.Module):
                 self.weight_index,
                 plan.w,
                 self.bias,
+                *prologue,
             )
-        x = input.reshape(-1, self.in_features)
+        x = input.reshape(-1, input.shape[-1])
         nothing = x.new_empty(0, dtype=torch.uint8)
         index = nothing if self.weight_index is None else self.weight_index
-        a = ops.quantize(x, plan.a, plan.a_layout, mask=False) if plan.a else x
+        a = ops.quantize(x, plan.a, plan.a_layout, False, *prologue) if plan.a else x
         w = Codes(self.weight_codes, self.weight_scale, self.weight_code_sum, nothing, index)
         y = _product(plan, a, w, self.bias, self.in_features, dtype)
         return y.reshape(*input.shape[:-1], self.out_features)
@@ -359,7 +399,9 @@ class PackedLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return cast(PackedLinear, super()._apply(move, recurse))  # type: ignore[no-untyped-call]
+        if recurse and self.prologue is not None:  # a part of the model, of the model's dtype
+            self.prologue._apply(fn)  # type: ignore[no-untyped-call]
+        return cast(PackedLinear, super()._apply(move, recurse=False))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return (

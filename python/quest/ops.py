@@ -11,6 +11,10 @@ Layouts of codes, by rows of K integers; packed rows are padded with zero bytes 
     planes   uint8 [bits, *, plane_row_bytes(K)]  plane j holds bit j of every code, eight columns a byte, lowest first
     even_odd uint8 [*, K to a multiple of 64]  one code a byte; of every 64 columns the even ones, then the odd ones:
                                                the order in which 4:8 sparse weights take activations
+A prologue is what quantize does to x first, as torch does it and with its roundings to the dtype of x:
+    rms_norm  F.rms_norm(x, (K,), norm_weight, norm_epsilon)
+    silu_mul  F.silu(gate) * up, where x is [*, 2K]: gate, then up
+
 A 4:8 sparse quantizer stores its K/2 kept codes (values: all K, the pruned ones 0) and their index.
 """
 
@@ -35,6 +39,7 @@ except ImportError as error:
     ) from error
 
 Layout = Literal["codes", "values", "packed", "planes", "even_odd"]
+Prologue = Literal["none", "rms_norm", "silu_mul"]
 Family = Literal["int8", "int4", "planes"]
 
 
@@ -74,15 +79,24 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     return _op("hadamard")(x, block)
 
 
-def quantize(x: Tensor, quantizer: Quantizer, layout: Layout = "codes", mask: bool = True) -> Codes:
+def quantize(
+    x: Tensor,
+    quantizer: Quantizer,
+    layout: Layout = "codes",
+    mask: bool = True,
+    prologue: Prologue = "none",
+    norm_weight: Tensor | None = None,
+    norm_epsilon: float = 0.0,
+) -> Codes:
     """Rotation, row scale, codes, code sums and the estimator's mask in one pass over x (paper, section 3).
 
-    x: [*, K] float32, bfloat16 or float16. Not differentiable: see quest.fake_quantize.
+    x: [*, K] float32, bfloat16 or float16; [*, 2K] for prologue silu_mul. Not differentiable: see quest.fake_quantize.
+    prologue: done to x in the same pass; rms_norm takes norm_weight [K] in the dtype of x, and norm_epsilon.
     A row with a NaN or an infinity gets scale NaN, codes 0, code_sum 0 and mask 0.
     Raises for "values" of gauss, "packed" of more than 4 bits, "planes" and "even_odd" of 4:8, 4:8 where 8 does
-    not divide K.
+    not divide K, silu_mul of an odd last dimension, a norm_weight without rms_norm or none with it.
     """
-    return Codes(*_op("quantize")(x, str(quantizer), layout, mask))
+    return Codes(*_op("quantize")(x, str(quantizer), layout, mask, prologue, norm_weight, norm_epsilon))
 
 
 def dequantize(
@@ -183,15 +197,20 @@ def linear(
     w_index: Tensor | None,
     w_quantizer: Quantizer,
     bias: Tensor | None,
+    prologue: Prologue = "none",
+    norm_weight: Tensor | None = None,
+    norm_epsilon: float = 0.0,
 ) -> Tensor:
     """Quantize x [*, K] and multiply by a stored weight of N rows: y [*, N] in the dtype of x. For inference.
 
     a_quantizer None: x stays real. w: in the layout of plan_operands for the two grids. bias float32 [N] or None.
-    Raises for products that have no kernel (gauss with quantized activations, rotations that differ, 4:8 activations).
+    prologue, norm_weight, norm_epsilon: as quantize takes them (silu_mul: x is [*, 2K]).
+    Raises for products that have no kernel (gauss with quantized activations, rotations that differ, 4:8 activations),
+    and for a prologue where x stays real: it is a part of quantizing.
     """
-    return _op("linear")(
-        x, "none" if a_quantizer is None else str(a_quantizer), w, w_scale, w_sum, w_index, str(w_quantizer), bias
-    )
+    activation = "none" if a_quantizer is None else str(a_quantizer)
+    first = (prologue, norm_weight, norm_epsilon)
+    return _op("linear")(x, activation, w, w_scale, w_sum, w_index, str(w_quantizer), bias, *first)
 
 
 def _op(name: str) -> Callable[..., Tensor]:
@@ -248,9 +267,17 @@ def _(x: Tensor, block: int | None = None) -> Tensor:
 
 
 @_fake("quantize")
-def _(x: Tensor, quantizer: str, layout: str = "codes", mask: bool = True) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor,
+    quantizer: str,
+    layout: str = "codes",
+    mask: bool = True,
+    prologue: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_epsilon: float = 0.0,
+) -> tuple[Tensor, ...]:
     q = Quantizer.parse(quantizer)
-    lead, k = tuple(x.shape[:-1]), x.shape[-1]
+    lead, k = tuple(x.shape[:-1]), x.shape[-1] // (2 if prologue == "silu_mul" else 1)
     return (
         x.new_empty(_codes_shape(q, layout, lead, k), dtype=torch.int8 if layout == "values" else torch.uint8),
         x.new_empty(lead, dtype=torch.float32),
@@ -337,6 +364,9 @@ def _(
     w_index: Tensor | None,
     w_quantizer: str,
     bias: Tensor | None,
+    prologue: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_epsilon: float = 0.0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_scale.shape[0]))
 

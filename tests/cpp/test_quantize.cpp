@@ -99,7 +99,8 @@ struct Output {
   std::vector<float> scale;
   std::vector<int32_t> code_sum;
 
-  Output(const Quantizer& quantizer, Layout l, const void* x, DType dtype, int64_t r, int64_t columns, const ParallelFor& parallel_for)
+  Output(const Quantizer& quantizer, Layout l, const void* x, DType dtype, int64_t r, int64_t columns, const ParallelFor& parallel_for,
+         const Prologue& prologue = {})
       : q(quantizer), layout(l), rows(r), k(columns) {
     const bool sparse = q.sparsity == Sparsity::kFourEight;
     width = sparse && layout != Layout::kValues ? k / 2 : k;
@@ -109,7 +110,7 @@ struct Output {
     scale.assign(rows, -1);
     code_sum.assign(rows, -1);
     quantize(q, layout, x, dtype, rows, k, {codes.data(), scale.data(), code_sum.data(), mask.data(), sparse ? index.data() : nullptr},
-             parallel_for);
+             parallel_for, prologue);
   }
 
   // The integer stored for element j of the row (of the kept ones in a half row).
@@ -405,6 +406,160 @@ TEST(Quantize, SampledErrorIsTheTables) {
   }
 }
 
+// ---- prologues
+
+// The nearest number of dtype, ties to even; subnormals of float16 and bfloat16 included.
+float rounded(double value, DType dtype) {
+  if (value == 0 || !std::isfinite(value)) return static_cast<float>(value);
+  const int bits = dtype == DType::kFloat32 ? 24 : dtype == DType::kFloat16 ? 11 : 8;
+  const int lowest = dtype == DType::kFloat32 ? -149 : dtype == DType::kFloat16 ? -24 : -133;
+  const int unit = std::max(std::ilogb(value) + 1 - bits, lowest);
+  return static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(value, -unit)), unit));
+}
+
+double silu_ref(double x) { return x / (1 + std::exp(-x)); }
+
+// What a prologue makes of x by the definition, in double but for the roundings to dtype.
+std::vector<uint8_t> prologue_ref(const Prologue& prologue, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k) {
+  const int64_t width = input_width(prologue.kind, k);
+  std::vector<uint8_t> weight;
+  if (prologue.weight != nullptr) {
+    const uint8_t* bytes = static_cast<const uint8_t*>(prologue.weight);
+    weight.assign(bytes, bytes + k * element_size(dtype));
+  }
+  std::vector<float> result(rows * k);
+  for (int64_t r = 0; r < rows; ++r) {
+    double squares = 0;
+    for (int64_t j = 0; j < width; ++j) squares += std::pow(element(x, dtype, r * width + j), 2);
+    const double rms = std::sqrt(squares / static_cast<double>(k) + prologue.epsilon);
+    for (int64_t j = 0; j < k; ++j) {
+      const double first = element(x, dtype, r * width + j);
+      float& y = result[r * k + j];
+      if (prologue.kind == PrologueKind::kRmsNorm) {
+        y = rounded(first / rms * element(weight, dtype, j), dtype);
+      } else {
+        y = rounded(static_cast<double>(rounded(silu_ref(first), dtype)) * element(x, dtype, r * width + k + j), dtype);
+      }
+    }
+  }
+  return testing::to_dtype(result, dtype);
+}
+
+std::vector<uint8_t> norm_weight(int64_t k, DType dtype) {
+  std::vector<float> values = Random(k + 1).normals(k);
+  for (float& value : values) value = 1 + value / 4;
+  return testing::to_dtype(values, dtype);
+}
+
+constexpr PrologueKind kPrologueKinds[] = {PrologueKind::kRmsNorm, PrologueKind::kSiluMul};
+
+Prologue prologue_of(PrologueKind kind, const std::vector<uint8_t>& weight) {
+  return kind == PrologueKind::kRmsNorm ? Prologue{kind, weight.data(), 1e-5f} : Prologue{kind};
+}
+
+// A factor 1/rms or an exponential that is off by some 2^-22 makes one value in about 2^-22/2^-9 = 1/8000 round to its neighbour in
+// bfloat16 (float16: 1/1000), which moves codes in its rotation block that lie within 2^-9 of a step of a boundary. All in all far
+// fewer codes than expect_follows allows.
+TEST(Quantize, ProloguesFollowTheDefinition) {
+  testing::for_each_isa([](Isa) {
+    for (const char* text : {"int4-hadamard-trust", "int8-none-clip", "fp4-hadamard-4:8-trust"}) {
+      const Quantizer q = parse_quantizer(text);
+      for (const int64_t k : {1, 2, 8, 63, 64, 200, 1000, 4096}) {
+        if (q.sparsity == Sparsity::kFourEight && k % 8 != 0) continue;
+        for (const DType dtype : testing::kDTypes) {
+          const std::vector<uint8_t> weight = norm_weight(k, dtype);
+          for (const PrologueKind kind : kPrologueKinds) {
+            const Prologue prologue = prologue_of(kind, weight);
+            const std::vector<uint8_t> x = testing::to_dtype(Random(k).normals(3 * input_width(kind, k)), dtype);
+            const std::vector<uint8_t> y = prologue_ref(prologue, x, dtype, 3, k);
+            SCOPED_TRACE(concat(to_string(kind), ", dtype ", static_cast<int>(dtype)));
+            for (const Layout layout : {Layout::kCodes, Layout::kPacked}) {
+              if (layout == Layout::kPacked && q.grid.bits > 4) continue;
+              const Output out(q, layout, x.data(), dtype, 3, k, testing::threads_for(2), prologue);
+              const Output separate(q, layout, y.data(), dtype, 3, k, serial_for);
+              for (int64_t r = 0; r < 3; ++r) {
+                // One of k values that rounds to its neighbour moves sigma by at most two roundings.
+                ASSERT_NEAR(out.scale[r], separate.scale[r], (1e-6 + 4 * testing::rounding(dtype) / k) * separate.scale[r]) << k;
+              }
+              int64_t different = 0;
+              for (size_t i = 0; i < out.codes.size(); ++i) different += out.codes[i] != separate.codes[i];
+              EXPECT_LE(different, static_cast<int64_t>(out.codes.size()) / 1000) << to_string(q) << " k " << k;
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(Quantize, ProloguesAgreeBitForBitOnEveryInstructionSet) {
+  const int64_t rows = 11, k = 520;
+  const Quantizer q = parse_quantizer("int4-hadamard-trust");
+  for (const DType dtype : testing::kDTypes) {
+    const std::vector<uint8_t> weight = norm_weight(k, dtype);
+    for (const PrologueKind kind : kPrologueKinds) {
+      const Prologue prologue = prologue_of(kind, weight);
+      const std::vector<uint8_t> x = testing::to_dtype(Random(5).normals(rows * input_width(kind, k)), dtype);
+      const Output expected(q, Layout::kPacked, x.data(), dtype, rows, k, serial_for, prologue);
+      testing::for_each_isa([&](Isa) {
+        const Output got(q, Layout::kPacked, x.data(), dtype, rows, k, testing::threads_for(4), prologue);
+        EXPECT_TRUE(bitwise_equal(expected.codes, got.codes, packed_row_bytes(k))) << to_string(kind);
+        EXPECT_TRUE(bitwise_equal(expected.mask, got.mask, plane_row_bytes(k))) << to_string(kind);
+        EXPECT_TRUE(bitwise_equal(expected.scale, got.scale, 1)) << to_string(kind);
+      });
+    }
+  }
+}
+
+// A row of one value has |value| = sigma, which its scale tells.
+TEST(Quantize, SiluIsAccurateEverywhere) {
+  testing::for_each_isa([](Isa) {
+    const Quantizer q = parse_quantizer("int_zero8-none-ste");  // whose scale has no epsilon
+    const double factor = 2 * int_alpha(8) / 256;
+    std::vector<float> x;
+    for (double gate = -110; gate < 110; gate += 0.0371) x.insert(x.end(), {static_cast<float>(gate), 1.0f});
+    x.insert(x.end(), {-1e30f, 1.0f, 1e30f, 1.0f, 0.0f, 1.0f, -0.0f, 1.0f, 1e-30f, 1.0f});
+    const int64_t rows = static_cast<int64_t>(x.size()) / 2;
+    const Output out(q, Layout::kCodes, x.data(), DType::kFloat32, rows, 1, serial_for, {PrologueKind::kSiluMul});
+    for (int64_t r = 0; r < rows; ++r) {
+      const double gate = x[2 * r];
+      const double expected = factor * std::abs(silu_ref(gate));
+      if (std::abs(gate) > 1e18) {  // has no square in float32
+        EXPECT_EQ(std::isnan(out.scale[r]), gate > 0);
+      } else if (std::abs(gate) < 1e-18 || gate < -80) {  // has a subnormal square, or none
+        EXPECT_LE(out.scale[r], 1e-18);
+      } else if (expected > 1e-15) {
+        EXPECT_NEAR(out.scale[r], expected, 1e-6 * expected) << gate;
+      }
+    }
+  });
+}
+
+TEST(Quantize, ProloguesOfRowsWithoutNumbers) {
+  testing::for_each_isa([](Isa) {
+    const int64_t k = 136, rows = 5;
+    const std::vector<uint8_t> weight = norm_weight(k, DType::kFloat32);
+    for (const PrologueKind kind : kPrologueKinds) {
+      const int64_t width = input_width(kind, k);
+      std::vector<float> x = Random(7).normals(rows * width);
+      x[1 * width + 100] = NAN;
+      x[2 * width + width - 1] = INFINITY;
+      for (int64_t j = 0; j < width; ++j) x[3 * width + j] = 1e30f;
+      const Output out(parse_quantizer("int4-hadamard-trust"), Layout::kCodes, x.data(), DType::kFloat32, rows, k, serial_for,
+                       prologue_of(kind, weight));
+      for (int64_t r = 0; r < rows; ++r) {
+        // Numbers whose squares are none: as torch has it, rms_norm makes zeros of them, and of 1e30 1e30 there is no product.
+        const bool bad = r == 1 || r == 2 || (r == 3 && kind == PrologueKind::kSiluMul);
+        ASSERT_EQ(std::isnan(out.scale[r]), bad) << to_string(kind) << ", row " << r;
+        for (int64_t j = 0; j < k && bad; ++j) ASSERT_EQ(out.stored(r, j), 0);
+      }
+      if (kind == PrologueKind::kRmsNorm) {
+        EXPECT_LE(out.scale[3], 1e-9f);
+      }
+    }
+  });
+}
+
 TEST(Quantize, Errors) {
   float x[12] = {};
   const auto error = [&](const char* text, Layout layout) {
@@ -420,6 +575,10 @@ TEST(Quantize, Errors) {
                   "quantize: expected less than 8 bits for layout values of a 4:8 sparse quantizer, got int8");
   EXPECT_CONTAINS(error_text([&] { dequantize(sparse, Layout::kPacked, x, x, nullptr, x, DType::kFloat32, 1, 8, serial_for); }),
                   "dequantize: expected an index for quantizer int4-none-4:8-ste, got none");
+  EXPECT_CONTAINS(error_text([&] { check_prologue("quantize", {PrologueKind::kRmsNorm}); }),
+                  "quantize: expected a norm_weight for prologue rms_norm, got none; pass the weight of the norm");
+  EXPECT_CONTAINS(error_text([&] { check_prologue("linear", {PrologueKind::kSiluMul, x}); }),
+                  "linear: expected no norm_weight for prologue silu_mul, got one; leave it out, or use rms_norm");
 }
 
 }  // namespace

@@ -40,6 +40,9 @@ TEST(Types, StringsAreExactBothWays) {
   for (const Layout layout : {Layout::kCodes, Layout::kValues, Layout::kPacked, Layout::kPlanes, Layout::kEvenOdd}) {
     EXPECT_EQ(parse_layout(to_string(layout)), layout);
   }
+  for (const PrologueKind prologue : {PrologueKind::kNone, PrologueKind::kRmsNorm, PrologueKind::kSiluMul}) {
+    EXPECT_EQ(parse_prologue(to_string(prologue)), prologue);
+  }
 }
 
 TEST(Types, StringsAreTheDocumentedOnes) {
@@ -67,6 +70,7 @@ TEST(Types, ErrorsNameThePartAndTheRemedy) {
   EXPECT_CONTAINS(error("int4"), "GRID[BITS]-ROTATION");
   EXPECT_CONTAINS(error(""), "GRID[BITS]-ROTATION");
   EXPECT_CONTAINS(error_text([] { parse_layout("plane"); }), "did you mean \"planes\"");
+  EXPECT_CONTAINS(error_text([] { parse_prologue("rmsnorm"); }), "did you mean \"rms_norm\"");
   EXPECT_CONTAINS(error_text([] { parse_grid("4"); }), "grid: expected one of");
 }
 

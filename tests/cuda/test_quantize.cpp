@@ -2,7 +2,10 @@
 //
 // quantize adds the squares of a row in another order than the CPU, and may add the values of a rotation in another order, so sigma and x_h
 // may differ in the last bits, and with them codes and mask bits whose x_h/s lies that close to a boundary: at most one in a thousand.
-// Everything else is equal to the bit, also between the layouts.
+// Everything else is equal to the bit, also between the layouts. A prologue's square root and exponential differ from the CPU's by some
+// 2^-22, so one value in thousands rounds to its neighbour in a 16-bit type: that moves few codes, but a short row's sigma.
+#include <algorithm>
+
 #include "gpu.h"
 #include "quest/cuda/quantize.h"
 #include "quest/grid.h"
@@ -39,45 +42,63 @@ int64_t codes_bytes(const Quantizer& quantizer, Layout layout, int64_t rows, int
   return rows * codes_row_bytes(quantizer, layout, k) * (layout == Layout::kPlanes ? quantizer.grid.bits : 1);
 }
 
-Result quantize_cpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k) {
+// A prologue whose weight is a vector, in host or, shifted by an offset, in device memory.
+struct Input {
+  PrologueKind kind = PrologueKind::kNone;
+  std::vector<uint8_t> weight;
+
+  static Input of(PrologueKind kind, Random& random, DType dtype, int64_t k) {
+    if (kind != PrologueKind::kRmsNorm) return {kind, {}};
+    std::vector<float> values = random.normals(k);
+    for (float& value : values) value = 1 + value / 4;
+    return {kind, testing::to_dtype(values, dtype)};
+  }
+  Prologue prologue(const uint8_t* data) const { return kind == PrologueKind::kRmsNorm ? Prologue{kind, data, 1e-5f} : Prologue{kind}; }
+};
+
+constexpr PrologueKind kPrologueKinds[] = {PrologueKind::kRmsNorm, PrologueKind::kSiluMul};
+
+Result quantize_cpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k,
+                    const Input& input = {}) {
   Result result{std::vector<uint8_t>(codes_bytes(quantizer, layout, rows, k)), std::vector<float>(rows), std::vector<int32_t>(rows),
                 std::vector<uint8_t>(rows * plane_row_bytes(k)),
                 std::vector<uint8_t>(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0)};
   quantize(quantizer, layout, x.data(), dtype, rows, k,
            {result.codes.data(), result.scale.data(), result.code_sum.data(), result.mask.data(),
             is_sparse(quantizer) ? result.index.data() : nullptr},
-           serial_for);
+           serial_for, input.prologue(input.weight.data()));
   return result;
 }
 
 template <typename Run>
 Result quantize_gpu_with(const Run& run, const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype,
-                         int64_t rows, int64_t k, int64_t offset) {
-  const OnDevice<uint8_t> in(x, offset), codes(codes_bytes(quantizer, layout, rows, k));
+                         int64_t rows, int64_t k, int64_t offset, const Input& input = {}) {
+  const OnDevice<uint8_t> in(x, offset), weight(input.weight, offset), codes(codes_bytes(quantizer, layout, rows, k));
   const OnDevice<uint8_t> mask(rows * plane_row_bytes(k)), index(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0);
   const OnDevice<float> scale(rows);
   const OnDevice<int32_t> code_sum(rows);
   run([&](cudaStream_t stream) {
     cuda::quantize(quantizer, layout, in.data(), dtype, rows, k,
-                   {codes.data(), scale.data(), code_sum.data(), mask.data(), is_sparse(quantizer) ? index.data() : nullptr}, stream);
+                   {codes.data(), scale.data(), code_sum.data(), mask.data(), is_sparse(quantizer) ? index.data() : nullptr}, stream,
+                   input.prologue(weight.data()));
   });
   return {codes.host(), scale.host(), code_sum.host(), mask.host(), index.host()};
 }
 
 Result quantize_gpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k,
-                    int64_t offset = 0) {
-  return quantize_gpu_with([](const auto& body) { body(nullptr); }, quantizer, layout, x, dtype, rows, k, offset);
+                    int64_t offset = 0, const Input& input = {}) {
+  return quantize_gpu_with([](const auto& body) { body(nullptr); }, quantizer, layout, x, dtype, rows, k, offset, input);
 }
 
-void expect_close(const Result& expected, const Result& got) {
+void expect_close(const Result& expected, const Result& got, double scale_tolerance = 1e-5, double index_share = 0) {
   EXPECT_LE(testing::share_different(expected.codes, got.codes), kShare);
   EXPECT_LE(testing::share_different(expected.mask, got.mask), kShare);
-  EXPECT_TRUE(bitwise_equal(expected.index, got.index, 16));  // depends on x_h alone
+  EXPECT_LE(testing::share_different(expected.index, got.index), index_share);  // depends on x_h alone
   for (size_t r = 0; r < expected.scale.size(); ++r) {
     if (std::isnan(expected.scale[r])) {
       EXPECT_TRUE(std::isnan(got.scale[r])) << "row " << r;
     } else {
-      EXPECT_NEAR(got.scale[r], expected.scale[r], 1e-5 * expected.scale[r]) << "row " << r;
+      EXPECT_NEAR(got.scale[r], expected.scale[r], scale_tolerance * expected.scale[r]) << "row " << r;
     }
   }
 }
@@ -123,11 +144,20 @@ std::vector<Layout> layouts_of(const Quantizer& quantizer) {
   return layouts;
 }
 
-void check_all_layouts(const Quantizer& quantizer, const std::vector<float>& values, DType dtype, int64_t rows, int64_t k, int64_t offset) {
-  SCOPED_TRACE(concat(to_string(quantizer), ", [", rows, ", ", k, "], dtype ", static_cast<int>(dtype), ", offset ", offset));
+void check_all_layouts(const Quantizer& quantizer, const std::vector<float>& values, DType dtype, int64_t rows, int64_t k, int64_t offset,
+                       const Input& input = {}) {
+  SCOPED_TRACE(concat(to_string(quantizer), ", [", rows, ", ", k, "], dtype ", static_cast<int>(dtype), ", offset ", offset, ", prologue ",
+                      to_string(input.kind)));
   const std::vector<uint8_t> x = testing::to_dtype(values, dtype);
-  const Result codes = quantize_gpu(quantizer, Layout::kCodes, x, dtype, rows, k, offset);
-  expect_close(quantize_cpu(quantizer, Layout::kCodes, x, dtype, rows, k), codes);
+  const Result codes = quantize_gpu(quantizer, Layout::kCodes, x, dtype, rows, k, offset, input);
+  const Result expected = quantize_cpu(quantizer, Layout::kCodes, x, dtype, rows, k, input);
+  if (input.kind == PrologueKind::kNone) {
+    expect_close(expected, codes);
+  } else {
+    // A value that rounds to its neighbour, by 2 roundings, has at most k, and seldom more than 32, of the k sigma^2 of its row.
+    const double moved = 2 * testing::rounding(dtype) * std::min(1.0, 32.0 / static_cast<double>(k));
+    expect_close(expected, codes, 1e-5 + moved, kShare);
+  }
   const int64_t stored = is_sparse(quantizer) ? k / 2 : k;
   for (int64_t r = 0; r < rows; ++r) {
     int32_t sum = 0;
@@ -136,7 +166,7 @@ void check_all_layouts(const Quantizer& quantizer, const std::vector<float>& val
   }
   for (const Layout layout : layouts_of(quantizer)) {
     SCOPED_TRACE(to_string(layout));
-    expect_same_codes(quantizer, layout, codes, quantize_gpu(quantizer, layout, x, dtype, rows, k, offset), rows, k);
+    expect_same_codes(quantizer, layout, codes, quantize_gpu(quantizer, layout, x, dtype, rows, k, offset, input), rows, k);
   }
 }
 
@@ -240,6 +270,85 @@ TEST_F(Quantize, StreamsGraphsAndNoMask) {
   EXPECT_TRUE(bitwise_equal(expected.codes, codes.host(), packed_row_bytes(k)));
 }
 
+void check_prologue_of_normals(PrologueKind kind, const Quantizer& quantizer, DType dtype, int64_t rows, int64_t k, Random& random,
+                               int64_t offset = 0) {
+  const Input input = Input::of(kind, random, dtype, k);
+  check_all_layouts(quantizer, random.normals(rows * input_width(kind, k)), dtype, rows, k, offset, input);
+}
+
+TEST_F(Quantize, ProloguesOfEveryRowLengthAndType) {
+  Random random(8);
+  const Quantizer int4 = parse_quantizer("int4-hadamard-trust");
+  for (const PrologueKind kind : kPrologueKinds) {
+    // Ragged ends; whole blocks of one warp, of two and of 32; rows that the general kernel walks more than once.
+    for (const int64_t k : {1, 2, 3, 8, 12, 24, 100, 127, 128, 160, 255, 256, 264, 384, 1000, 1024, 1152, 2048, 4096, 8200, 11008}) {
+      for (const DType dtype : testing::kDTypes) check_prologue_of_normals(kind, int4, dtype, 3, k, random);
+    }
+    for (const DType dtype : testing::kDTypes) check_prologue_of_normals(kind, int4, dtype, 2, 32768, random);
+    check_prologue_of_normals(kind, int4, DType::kBFloat16, 1, 40000, random);
+    check_prologue_of_normals(kind, int4, DType::kFloat16, 37, 128, random);     // several rows a thread block
+    check_prologue_of_normals(kind, int4, DType::kBFloat16, 1061, 256, random);  // as many as one has, on a GPU of up to 132 SMs
+    check_prologue_of_normals(kind, int4, DType::kFloat32, 1061, 1024, random);  // rows of one whole warp
+  }
+}
+
+TEST_F(Quantize, ProloguesWithEveryGridRotationAndAddress) {
+  Random random(9);
+  for (const PrologueKind kind : kPrologueKinds) {
+    for (const char* text : {"int4-none-trust", "int1-hadamard-clip", "int2-hadamard-clip", "int8-hadamard-ste", "int8-none-clip",
+                             "int_zero4-hadamard-trust", "ternary-hadamard-trust", "int4-hadamard-trust0.1", "fp4-hadamard-trust",
+                             "gauss4-hadamard-clip", "int4-hadamard-4:8-trust", "fp4-none-4:8-ste"}) {
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
+        check_prologue_of_normals(kind, parse_quantizer(text), dtype, 5, 512, random);
+    }
+    for (const DType dtype : testing::kDTypes)
+      check_prologue_of_normals(kind, parse_quantizer("int4-hadamard-trust"), dtype, 3, 512, random, 4);
+  }
+}
+
+TEST_F(Quantize, ProloguesOfRowsWithoutNumbers) {
+  Random random(10);
+  const int64_t rows = 8;
+  for (const PrologueKind kind : kPrologueKinds) {
+    for (const int64_t k : {136, 512, 2048}) {
+      const int64_t width = input_width(kind, k);
+      std::vector<float> values = random.normals(rows * width);
+      values[1 * width + 17] = NAN;
+      values[2 * width + width - 1] = INFINITY;
+      values[3 * width] = -INFINITY;                                      // silu: no number
+      for (int64_t j = 0; j < width; ++j) values[4 * width + j] = 1e30f;  // rms_norm: zeros, for their squares are no numbers
+      for (int64_t j = 0; j < width; ++j) values[5 * width + j] = 0;
+      for (int64_t j = 0; j < k; ++j) values[6 * width + j] = -1e4f;  // silu: zeros
+      values[7 * width + 5] = -95.0f;                                 // silu: e^95 is infinite
+      for (const char* text : {"int4-hadamard-trust", "int4-none-4:8-trust", "gauss4-none-clip"}) {
+        for (const DType dtype : testing::kDTypes) {
+          const Input input = Input::of(kind, random, dtype, k);
+          check_all_layouts(parse_quantizer(text), values, dtype, rows, k, 0, input);
+          const Result got =
+              quantize_gpu(parse_quantizer(text), Layout::kCodes, testing::to_dtype(values, dtype), dtype, rows, k, 0, input);
+          for (const int64_t r : {1, 2, 3}) EXPECT_TRUE(std::isnan(got.scale[r])) << text << ", row " << r;
+          for (const int64_t r : {0, 5, 6, 7}) EXPECT_FALSE(std::isnan(got.scale[r])) << text << ", row " << r;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Quantize, ProloguesInACapturedGraph) {
+  Random random(11);
+  const Quantizer quantizer = parse_quantizer("int4-hadamard-trust");
+  const int64_t rows = 9, k = 768;
+  for (const PrologueKind kind : kPrologueKinds) {
+    const Input input = Input::of(kind, random, DType::kBFloat16, k);
+    const std::vector<uint8_t> x = testing::to_dtype(random.normals(rows * input_width(kind, k)), DType::kBFloat16);
+    const Result expected = quantize_gpu(quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k, 0, input);
+    const Result captured = quantize_gpu_with([](const auto& body) { testing::run_captured(body); }, quantizer, Layout::kPacked, x,
+                                              DType::kBFloat16, rows, k, 0, input);
+    EXPECT_TRUE(bitwise_equal(expected.codes, captured.codes, packed_row_bytes(k)));
+    EXPECT_TRUE(bitwise_equal(expected.scale, captured.scale, 1));
+  }
+}
+
 TEST_F(Quantize, EmptyAndWrong) {
   QuantizeOutput none{};
   cuda::quantize(parse_quantizer("int4-hadamard-trust"), Layout::kCodes, nullptr, DType::kFloat32, 0, 64, none, nullptr);
@@ -253,6 +362,11 @@ TEST_F(Quantize, EmptyAndWrong) {
   none.index = &index;
   EXPECT_CONTAINS(text("int4-none-4:8-ste", Layout::kPlanes, 64), "4:8 sparse quantizer, got planes");
   EXPECT_CONTAINS(text("int4-none-4:8-ste", Layout::kCodes, 60), "expected 8 to divide the last dimension");
+  EXPECT_CONTAINS(error_text([&] {
+                    cuda::quantize(parse_quantizer("int4-none-ste"), Layout::kCodes, nullptr, DType::kFloat32, 1, 64, none, nullptr,
+                                   {PrologueKind::kRmsNorm});
+                  }),
+                  "quantize: expected a norm_weight for prologue rms_norm, got none");
 }
 
 void check_dequantize(const Quantizer& quantizer, Layout layout, DType dtype, int64_t rows, int64_t k, uint64_t seed) {

@@ -152,7 +152,7 @@ def test_hadamard_product_is_the_rotation(dim: int) -> None:
     assert torch.allclose(run.hadamard_product(x, *run.hadamard_factors(dim)), reference.hadamard(x, dim), atol=1e-12)
 
 
-@pytest.mark.parametrize(("bits", "layout"), [(4, "packed"), (4, "values"), (2, "planes"), (1, "planes")])
+@pytest.mark.parametrize(("bits", "layout"), [(4, "packed"), (4, "values"), (4, "codes"), (2, "planes"), (1, "planes")])
 def test_the_peers_quantize_as_the_definition_does(bits: int, layout: Any) -> None:
     """In float32, where the formulas round as the kernel does except next to a tie."""
     quantizer = Quantizer.parse(f"int{bits}-hadamard-{'trust' if bits > 1 else 'clip'}")
@@ -185,7 +185,9 @@ def test_rows_of_a_quantized_matrix() -> None:
 
 def test_quick_run_and_figures(device: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     products = ["gemm_w2a2", "gemm_w4a4_sparse", "gemm_w4a16", "linear_w4a4"]
-    others = ["hadamard", "quantize"] if device.type == "cpu" else []  # on a GPU their peers take a minute to compile
+    others = (
+        ["hadamard", "quantize", "quantize_prologue"] if device.type == "cpu" else []
+    )  # on a GPU their peers take a minute to compile
     arguments = [*products, *others, "--quick", "--out", str(tmp_path), "--commit", "abc"]
     assert run.main([*arguments, "--device", device.type]) == 0
     assert "of the limit" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quest
-from quest.infer import generate
+from quest.infer import fuse_prologues, generate
 from quest.infer.generate import _sample
 from quest.models import Llama, LlamaConfig
 
@@ -40,6 +40,8 @@ def test_greedy_equals_running_all_anew(model: Llama, quantized: bool) -> None:
         quest.convert(quest.prepare(model, quest.QuantConfig("int8", "int8")))
     expected = greedy_without_cache(model, PROMPT, 11)
     assert list(generate(model, PROMPT, 11, temperature=0)) == expected
+    if quantized:
+        assert list(generate(fuse_prologues(model), PROMPT, 11, temperature=0)) == expected
 
 
 def test_full_context_goes_on_from_its_latter_half(model: Llama) -> None:

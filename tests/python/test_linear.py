@@ -330,6 +330,115 @@ def test_a_bad_row_reaches_its_output_and_no_gradient(device: torch.device) -> N
     assert not dx[1, 2].any()
 
 
+class SiluMul(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+def fused_layer(kind: str, a: str, w: str, device: torch.device) -> tuple[PackedLinear, nn.Sequential, Tensor]:
+    """A packed layer with a prologue, the same two modules one after the other, and an input [3, 5, ...]."""
+    packed = PackedLinear.from_linear(layer_and_input(a, w, device)[0])
+    first: nn.Module = SiluMul() if kind == "silu_mul" else nn.RMSNorm(IN, 1e-5, device=device)
+    for parameter in first.parameters():
+        nn.init.normal_(parameter, 1.0, 0.25)
+    separate = nn.Sequential(copy.deepcopy(first), copy.deepcopy(packed))
+    packed.fuse(kind, first)  # type: ignore[arg-type]
+    return packed, separate, torch.randn(3, 5, 2 * IN if kind == "silu_mul" else IN, device=device)
+
+
+def assert_same_but_for_codes_at_a_boundary(got: Tensor, expected: Tensor) -> None:
+    """The prologue's values may differ from torch's in the last bit, which moves a code or two in thousands: each moves
+    its row of y by a step of x (a third of sigma at 4 bits, of 96 such values) times a weight."""
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    error = (got - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    assert error.max() <= 0.1
+    assert (error <= 2**-7).float().mean() >= 0.8  # most rows have no such code: what remains is the rounding of y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("a", "w"),
+    [
+        *(
+            ("int4", "int4"),
+            ("int2", "int2"),
+            ("int8", "int8"),
+            ("int4", SPARSE),
+            ("gauss4", "gauss4"),
+            ("none", "int4"),
+        ),
+        ("int4-none-trust", "int4"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["rms_norm", "silu_mul"])
+def test_prologue(kind: str, a: str, w: str, dtype: torch.dtype, device: torch.device) -> None:
+    packed, separate, x = fused_layer(kind, a, w, device)
+    packed, separate, x = packed.to(dtype), separate.to(dtype), x.to(dtype)
+    assert all(parameter.dtype == dtype for parameter in packed.parameters())
+    assert packed.weight_scale.dtype == torch.float32
+    with torch.no_grad():
+        assert_same_but_for_codes_at_a_boundary(packed(x), separate(x))
+        assert_same_but_for_codes_at_a_boundary(packed(x[0, :1]), separate(x[0, :1]))
+        if dtype == torch.float32:  # which autocast leaves to the norm and to silu
+            with torch.autocast(device.type, torch.bfloat16):
+                assert_same_but_for_codes_at_a_boundary(packed(x), separate(x))
+
+
+def test_prologue_that_has_no_kernel_is_called(device: torch.device) -> None:
+    """A norm of another dtype than x, without a weight, or with torch's own epsilon."""
+    for norm in (nn.RMSNorm(IN, 1e-5), nn.RMSNorm(IN, 1e-5, elementwise_affine=False), nn.RMSNorm(IN)):
+        packed = PackedLinear.from_linear(QuestLinear(IN, OUT)).to(device)
+        x = torch.randn(3, IN, device=device, dtype=torch.bfloat16 if norm.weight is not None and norm.eps else None)
+        expected = packed(norm.to(device)(x).detach())
+        packed.fuse("rms_norm", norm)
+        y = packed(x)
+        assert not y.requires_grad
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["rms_norm", "silu_mul"])
+def test_prologue_compiles_and_exports(kind: str, backend: str, device: torch.device) -> None:
+    packed, _, x = fused_layer(kind, "int4", "int4", device)
+    expected = packed(x)
+    assert torch.equal(torch.compile(packed, fullgraph=True, backend=backend)(x), expected)
+    program = torch.export.export(packed, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=2, max=512)},))
+    assert [str(n.target) for n in program.graph.nodes if "quest" in str(n.target)] == ["quest.linear.default"]
+    assert not [n for n in program.graph.nodes if "norm" in str(n.target) or "silu" in str(n.target)]
+    longer = torch.cat([x, x])
+    assert torch.equal(program.module()(longer), packed(longer))
+
+
+def test_prologue_in_a_cuda_graph(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    for kind in ("rms_norm", "silu_mul"):
+        packed, _, x = fused_layer(kind, "int4", "int4", device)
+        other = torch.randn_like(x)
+        expected = packed(other)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = packed(x)
+        x.copy_(other)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_prologue_state_and_errors(device: torch.device) -> None:
+    packed, _, x = fused_layer("rms_norm", "int4", "int4", device)
+    assert "prologue.weight" in packed.state_dict()
+    assert "(prologue): RMSNorm((96,)" in repr(packed)
+    assert torch.equal(copy.deepcopy(packed)(x), packed(x))
+    with pytest.raises(
+        ValueError, match=r"PackedLinear.fuse: expected a layer without a prologue, got one with RMSNorm"
+    ):
+        packed.fuse("rms_norm", nn.RMSNorm(IN))
+    gated, _, _ = fused_layer("silu_mul", "int4", "int4", device)
+    with pytest.raises(ValueError, match=f"PackedLinear: input: expected a last dimension of {2 * IN} features"):
+        gated(x)
+
+
 def test_representations() -> None:
     layer = QuestLinear(IN, OUT, weight_quantizer="int4", activation_quantizer=None)
     assert "in_features=96, out_features=40, bias=True, weight=int4-hadamard-trust, activation=none" in repr(layer)

@@ -59,6 +59,8 @@ def samples(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("quantize", (x, str(INT4), "even_odd", True)),
         ("quantize", (x, str(SPARSE), "packed", True)),
         ("quantize", (x, str(SPARSE), "values", True)),
+        ("quantize", (half, str(INT4), "packed", True, "rms_norm", half[0, 0].clone(), 1e-5)),
+        ("quantize", (x, str(INT4), "planes", False, "silu_mul")),
         ("dequantize", (codes.codes, codes.scale, None, str(INT4), "codes", 96, FLOAT)),
         ("dequantize", (kept.codes, kept.scale, kept.pair_index, str(SPARSE), "packed", 96, BFLOAT)),
         ("dequantize", (planes.codes, planes.scale, None, str(INT4), "planes", 96, FLOAT)),
@@ -76,6 +78,8 @@ def samples(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("gemm_weight_only", (x[0], *packed_weight(device)[:2], "int4", "packed", None)),
         ("linear", (x, str(INT4), *packed_weight(device), torch.randn(5, device=device))),
         ("linear", (half, "none", *packed_weight(device), None)),
+        ("linear", (x, str(INT4), *packed_weight(device), None, "rms_norm", x[0, 0].clone(), 1e-5)),
+        ("linear", (half.repeat(1, 1, 2), str(INT4), *packed_weight(device), None, "silu_mul")),
     ]
 
 
@@ -148,6 +152,34 @@ BAD_CALLS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "quantize sparse k": (
         lambda x: ops.quantize(x[:, :90], SPARSE),
         "quantize: expected 8 to divide the last dimension of a 4:8 sparse quantizer, got 90",
+    ),
+    "quantize prologue": (
+        lambda x: torch.ops.quest.quantize(x, str(INT4), prologue="rmsnorm"),
+        'prologue: .* got "rmsnorm"; did you mean "rms_norm"',
+    ),
+    "quantize odd silu_mul": (
+        lambda x: ops.quantize(x[:, :95], INT4, prologue="silu_mul"),
+        r"quantize: expected x with an even last dimension, .* prologue silu_mul, got shape \[4, 95\]; concatenate",
+    ),
+    "quantize silu_mul k": (
+        lambda x: ops.quantize(x[:, :8], SPARSE, prologue="silu_mul"),
+        "quantize: expected 8 to divide the last dimension of a 4:8 sparse quantizer, got 4",
+    ),
+    "quantize without norm_weight": (
+        lambda x: ops.quantize(x, INT4, prologue="rms_norm"),
+        "quantize: expected a norm_weight for prologue rms_norm, got none; pass the weight of the norm",
+    ),
+    "quantize norm_weight alone": (
+        lambda x: ops.quantize(x, INT4, norm_weight=x[0]),
+        "quantize: expected no norm_weight for prologue none, got one; leave it out, or use rms_norm",
+    ),
+    "quantize norm_weight shape": (
+        lambda x: ops.quantize(x, INT4, prologue="rms_norm", norm_weight=x[0, :95]),
+        r"quantize: expected norm_weight of shape \[96\], got \[95\]",
+    ),
+    "quantize norm_weight dtype": (
+        lambda x: ops.quantize(x, INT4, prologue="rms_norm", norm_weight=x[0].bfloat16()),
+        "quantize: expected norm_weight of dtype Float, got BFloat16; convert it",
     ),
     "dequantize shape": (
         lambda x: ops.dequantize(*ops.quantize(x[:, :90], INT4)[:2], None, INT4, "codes", 96, FLOAT),
@@ -229,6 +261,22 @@ BAD_CALLS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         lambda x: torch.ops.quest.linear(x, str(SPARSE), *packed_weight(x.device), None),
         "linear: expected a dense activation quantizer",
     ),
+    "linear prologue of real activations": (
+        lambda x: torch.ops.quest.linear(x, "none", *packed_weight(x.device), None, "silu_mul"),
+        "linear: expected prologue none and no norm_weight where a_quantizer is none, .* got silu_mul; apply it to x",
+    ),
+    "linear norm_weight of real activations": (
+        lambda x: torch.ops.quest.linear(x, "none", *packed_weight(x.device), None, norm_weight=x[0]),
+        "linear: expected prologue none and no norm_weight where a_quantizer is none, .* got none and one; apply",
+    ),
+    "linear norm_weight": (
+        lambda x: torch.ops.quest.linear(x, str(INT4), *packed_weight(x.device), None, "rms_norm"),
+        "linear: expected a norm_weight for prologue rms_norm, got none",
+    ),
+    "linear silu_mul k": (
+        lambda x: torch.ops.quest.linear(x, str(INT4), *packed_weight(x.device), None, "silu_mul"),
+        r"linear: expected w \(int4, packed, k = 48\) of shape \[5, 32\], got \[5, 48\]",
+    ),
     "linear k": (
         lambda x: torch.ops.quest.linear(x[:, :64], str(INT4), *packed_weight(x.device), None),
         r"linear: expected w \(int4, packed, k = 64\) of shape \[5, 32\], got \[5, 48\]",
@@ -249,6 +297,8 @@ def test_operands_on_two_devices(device: torch.device) -> None:
     elsewhere = operand(5, INT4, "values", torch.device("cpu")).codes
     with pytest.raises(ValueError, match=r"gemm_int8: expected w on the same device as a; move one"):
         torch.ops.quest.gemm_int8(*dense("values", "values", device, w=elsewhere))
+    with pytest.raises(ValueError, match=r"quantize: expected norm_weight on the same device as x; move one"):
+        ops.quantize(torch.randn(X, device=device), INT4, prologue="rms_norm", norm_weight=torch.ones(96))
 
 
 @pytest.mark.parametrize("sample", range(len(NAMES)), ids=[f"{name}-{i}" for i, name in enumerate(NAMES)])

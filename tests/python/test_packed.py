@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import quest
+from quest.infer import fuse_prologues
 from quest.models import Llama, LlamaConfig, Tokenizer, load_packed, save_packed, train_bpe
 from quest.models.packed import is_packed, model_sizes
 
@@ -141,6 +142,63 @@ def test_an_earlier_model_is_replaced(directory: Path) -> None:
     assert str(load_packed(directory).blocks[0].mlp.down.weight_quantizer) == "int2-hadamard-trust"
     assert not (directory / "tokenizer.json").exists()
     assert list(directory.parent.iterdir()) == [directory]
+
+
+def fused_and_not(directory: Path, device: torch.device | str = "cpu") -> tuple[Llama, Llama]:
+    return fuse_prologues(load_packed(directory, device)), load_packed(directory, device)
+
+
+def test_fused_prologues_change_nothing_but_roundings(directory: Path, device: torch.device) -> None:
+    fused, plain = fused_and_not(directory, device)
+    for block in fused.blocks:
+        moved = (block.attention_norm, block.mlp_norm, block.mlp.product)
+        assert all(isinstance(module, torch.nn.Identity) for module in moved)
+    assert isinstance(fused.norm, torch.nn.RMSNorm)  # lm_head is not quantized
+    assert model_sizes(fused) == model_sizes(plain)
+    assert str(fuse_prologues(fused)) == str(fused)  # twice is once
+    with torch.no_grad():
+        logits, expected = fused(TOKENS.to(device)), plain(TOKENS.to(device))
+        # Last bits move a code in thousands, and a code some thousandths of a logit.
+        assert (logits - expected).norm() <= 0.01 * expected.norm()
+        loss, same = (
+            torch.nn.functional.cross_entropy(y[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten().to(device))
+            for y in (logits, expected)
+        )
+        assert abs(loss - same) <= 1e-4
+
+
+def test_fused_layers_that_differ(tmp_path: Path) -> None:
+    """A layer that is real, or takes its input as it is, keeps the module before it."""
+    model = packed_model(exclude=("lm_head", "*.0.mlp.*"), overrides={"*.1.attention.qkv": {"activation": "none"}})
+    with torch.no_grad():
+        expected = model(TOKENS)
+        logits = fuse_prologues(model)(TOKENS)
+    first, second = model.blocks
+    assert isinstance(first.mlp_norm, torch.nn.RMSNorm)
+    assert isinstance(first.attention_norm, torch.nn.Identity)
+    assert isinstance(second.attention_norm, torch.nn.RMSNorm)
+    assert isinstance(second.mlp.product, torch.nn.Identity)
+    assert (logits - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_fused_model_compiles_and_exports(directory: Path, device: torch.device) -> None:
+    fused, _ = fused_and_not(directory, device)
+    tokens = TOKENS.to(device)
+    with torch.no_grad():
+        expected = fused(tokens)
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens), expected)
+        program = torch.export.export(fused, (tokens,))
+        torch.testing.assert_close(program.module()(tokens), expected)
+
+
+def test_fused_model_is_not_saved(directory: Path, tmp_path: Path) -> None:
+    fused, _ = fused_and_not(directory)
+    with pytest.raises(
+        ValueError, match=r"save_packed: blocks\.0\.attention\.qkv: expected a layer without a prologue"
+    ):
+        save_packed(fused, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_other_directories_are_not_replaced(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ enum class Rotation : int32_t { kNone, kHadamard };
 enum class Sparsity : int32_t { kNone, kFourEight };
 enum class Estimator : int32_t { kTrust, kClip, kSte };
 
+// What quantize does to x first (quantize.h).
+enum class PrologueKind : int32_t { kNone, kRmsNorm, kSiluMul };
+
 // The levels of a quantizer, in units of the row's scale.
 struct Grid {
   GridKind kind = GridKind::kInt;
@@ -58,8 +61,10 @@ struct Quantizer {
 Quantizer parse_quantizer(std::string_view text);
 Grid parse_grid(std::string_view text);
 Layout parse_layout(std::string_view text);
+PrologueKind parse_prologue(std::string_view text);
 std::string to_string(const Quantizer& quantizer);
 std::string to_string(Grid grid);
 std::string to_string(Layout layout);
+std::string to_string(PrologueKind prologue);
 
 }  // namespace quest

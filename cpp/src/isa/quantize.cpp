@@ -1,9 +1,11 @@
-// quantize and dequantize, a row at a time: the row lies as float32 in scratch (L1, or L2 for long rows), is rotated there, and its codes,
-// mask bits and index leave in 64-column steps.
+// quantize and dequantize, a row at a time: the row lies as float32 in scratch (L1, or L2 for long rows), goes through the prologue and is
+// rotated there, and its codes, mask bits and index leave in 64-column steps.
 #include "isa/simd.h"
 
 namespace quest::QUEST_ISA {
 namespace {
+
+static inline int64_t padded_row(int64_t k) { return (k + kRowChunk - 1) / kRowChunk * kRowChunk; }
 
 // Sum of squares in 32 partial sums, whatever the vector width, so that every instruction set finds the same sigma. The row ends in zeros.
 static float sum_of_squares(const float* row, int64_t padded) {
@@ -23,6 +25,58 @@ static float sum_of_squares(const float* row, int64_t padded) {
     for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
   }
   return sums[0];
+}
+
+// To the nearest numbers of dtype.
+static void round_floats(float* x, DType dtype, int64_t count) {
+  if (dtype == DType::kFloat32) return;
+  uint16_t rounded[kChunk];
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const int64_t step = smaller(count - i, kChunk);
+    store_floats(x + i, dtype, step, rounded);
+    load_floats(rounded, dtype, step, x + i);
+  }
+}
+
+static void rms_norm(float* row, const float* weight, int64_t k, int64_t padded, float epsilon) {
+  const float factor = 1.0f / __builtin_sqrtf(sum_of_squares(row, padded) / static_cast<float>(k) + epsilon);
+  for (int64_t i = 0; i < k; ++i) row[i] = row[i] * factor * weight[i];
+}
+
+// x/(1 + e^-x) to a few units in the last place. e^y = 2^n e^r with |r| <= ln(2)/2, where the series of e^r up to r^7/7! is off by 5e-9.
+// 2^n is two factors, so that it overflows to infinity and underflows as e^y does; beyond +-104 it has done so.
+static inline float silu(float x) {
+  float y = -x;
+  y = y > -104.0f ? y : -104.0f;
+  y = y < 104.0f ? y : 104.0f;
+  constexpr float kRound = 12582912.0f;  // as in write_affine
+  constexpr int32_t kRoundBits = 0x4B400000;
+  const float shifted = y * 1.44269504f + kRound;  // 1/ln(2)
+  const float n = shifted - kRound;
+  int32_t power;
+  std::memcpy(&power, &shifted, 4);
+  power -= kRoundBits;
+  const float r = y - n * 0.693359375f + n * 2.12194440e-4f;  // ln(2) in two parts, n times the first one exact
+  float series = 1.0f / 5040;
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  const int32_t half_bits = ((power >> 1) + 127) << 23;
+  const int32_t rest_bits = (power - (power >> 1) + 127) << 23;
+  float half, rest;
+  std::memcpy(&half, &half_bits, 4);
+  std::memcpy(&rest, &rest_bits, 4);
+  return x / (1.0f + series * half * rest);
+}
+
+static void silu_mul(float* gate, const float* up, DType dtype, int64_t k) {
+  for (int64_t i = 0; i < k; ++i) gate[i] = silu(gate[i]);
+  round_floats(gate, dtype, k);
+  for (int64_t i = 0; i < k; ++i) gate[i] *= up[i];
 }
 
 // What a row's codes are computed with.
@@ -162,12 +216,20 @@ static void write_nan_row(const QuantizeTask& task, int64_t r) {
   task.code_sum[r] = 0;
 }
 
-static void quantize_row(const QuantizeTask& task, int64_t r, float* row) {
+// other: with a prologue, the weight of the norm, or scratch for `up`.
+static void quantize_row(const QuantizeTask& task, int64_t r, float* row, float* other) {
   const int64_t k = task.k;
-  const int64_t padded = (k + kRowChunk - 1) / kRowChunk * kRowChunk;
-  const int64_t size = task.dtype == DType::kFloat32 ? 4 : 2;
-  load_floats(static_cast<const uint8_t*>(task.x) + r * k * size, task.dtype, k, row);
+  const int64_t padded = padded_row(k);
+  const uint8_t* const x_row = static_cast<const uint8_t*>(task.x) + r * task.x_row_bytes;
+  load_floats(x_row, task.dtype, k, row);
   std::memset(row + k, 0, (padded - k) * sizeof(float));
+  if (task.prologue == PrologueKind::kRmsNorm) {
+    rms_norm(row, other, k, padded, task.norm_epsilon);
+  } else if (task.prologue == PrologueKind::kSiluMul) {
+    load_floats(x_row + task.x_row_bytes / 2, task.dtype, k, other);
+    silu_mul(row, other, task.dtype, k);
+  }
+  if (task.prologue != PrologueKind::kNone) round_floats(row, task.dtype, k);
   const float sum = sum_of_squares(row, padded);
   if (!(sum <= __FLT_MAX__)) return write_nan_row(task, r);
   rotate(row, k, task.block);
@@ -230,7 +292,9 @@ static void quantize_row(const QuantizeTask& task, int64_t r, float* row) {
 }  // namespace
 
 void quantize_rows(const QuantizeTask& task, int64_t begin, int64_t end, float* row) {
-  for (int64_t r = begin; r < end; ++r) quantize_row(task, r, row);
+  float* const other = row + padded_row(task.k);
+  if (task.prologue == PrologueKind::kRmsNorm) load_floats(task.norm_weight, task.dtype, task.k, other);
+  for (int64_t r = begin; r < end; ++r) quantize_row(task, r, row, other);
 }
 
 static inline int32_t index_nibble(const DequantizeTask& task, int64_t r, int64_t group) {

@@ -173,17 +173,25 @@ class Attention(nn.Module):
         return output
 
 
+class SiluMul(nn.Module):
+    """silu(gate) · up of the two halves of the last dimension. A module, so that inference can put it elsewhere."""
+
+    def forward(self, gate_up_BSF: Tensor) -> Tensor:
+        gate_BSF, up_BSF = gate_up_BSF.chunk(2, dim=-1)
+        return F.silu(gate_BSF) * up_BSF
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_up = nn.Linear(config.d_model, 2 * config.hidden_width, bias=False)
+        self.product = SiluMul()
         self.down = nn.Linear(config.hidden_width, config.d_model, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        gate_BSF, up_BSF = self.gate_up(x_BSD).chunk(2, dim=-1)
-        output: Tensor = self.down(F.silu(gate_BSF) * up_BSF)
+        output: Tensor = self.down(self.product(self.gate_up(x_BSD)))
         return output
 
 

@@ -67,12 +67,18 @@ def save_packed(
         metadata: anything worth keeping, such as where the model comes from; stored in config.json under "metadata".
 
     Raises:
-        ValueError: when a layer is not packed yet (`quest.convert`), or the directory is something else.
+        ValueError: when a layer is not packed yet (`quest.convert`), when the model is fused
+            (`quest.infer.fuse_prologues`), or when the directory is something else.
     """
     layers = _quantized_layers(model)
     for name, layer in layers.items():
         if isinstance(layer, QuestLinear) and layer.weight_quantizer is not None:
             raise ValueError(f"save_packed: {name} is not packed yet; call quest.convert(model) first")
+        if isinstance(layer, PackedLinear) and layer.prologue is not None:
+            raise ValueError(
+                f"save_packed: {name}: expected a layer without a prologue, got one with {layer.prologue}, whose names "
+                "no file has; save the model before quest.infer.fuse_prologues, or load it anew"
+            )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with new_directory(directory) as work:
         save_file(state, work / "model.safetensors", metadata=_file_metadata(layers))

@@ -13,7 +13,7 @@
 namespace quest::cuda {
 
 void quantize(const Quantizer& quantizer, Layout layout, const void* x, DType dtype, int64_t rows, int64_t k, const QuantizeOutput& output,
-              cudaStream_t stream);
+              cudaStream_t stream, const Prologue& prologue = {});
 
 void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, const float* scale, const uint8_t* index, void* y,
                 DType dtype, int64_t rows, int64_t k, cudaStream_t stream);
