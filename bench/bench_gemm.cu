@@ -112,7 +112,8 @@ using HostProduct = void (*)(const Operand&, const Operand&, const float*, void*
 
 void bench_shape(const std::string& name, Grid a_grid, Grid w_grid, Sparsity sparsity, int64_t m, int64_t n, int64_t k,
                  const Arena& arena) {
-  const GemmOperands operands = plan_operands(w_grid, &a_grid, sparsity, m, k);
+  const GemmShape mnk{m, n, k};
+  const GemmOperands operands = plan_operands(w_grid, &a_grid, sparsity, &mnk);
   Product product = cuda::gemm_int8;
   HostProduct host_product = gemm_int8;
   double operations_a_cycle = 8192;  // of a multiprocessor's tensor cores on Hopper

@@ -523,7 +523,7 @@ def fp8_backend(x: Tensor, w: Tensor, check: Callable[[Any], None]) -> Backend:
 
 
 def product_problem(product: Product, device: str, real: torch.dtype, m: int, n: int, k: int) -> Problem:
-    plan = _C.plan_operands(product.weight, product.activation, product.sparsity, m, k)
+    plan = _C.plan_operands(product.weight, product.activation, product.sparsity, (m, n, k))
     sparse = "-4:8" if product.sparsity == "4:8" else ""
     w_text, a_text = f"{product.weight}-hadamard{sparse}-ste", f"{product.activation}-hadamard-ste"
     x = torch.randn(m, k, device=device, dtype=real)

@@ -194,7 +194,8 @@ Tensor linear(const Tensor& x, std::string a_quantizer, const Tensor& w, const T
   check(activation.sparsity == Sparsity::kNone, op, ": expected a dense activation quantizer, got ", a_quantizer);
   const int64_t k = quantized_width(op, x, prologue.kind);
   const Shape lead = lead_shape(x);
-  const GemmOperands plan = plan_operands(weight.grid, &activation.grid, weight.sparsity, product(lead), k);
+  const GemmShape mnk{product(lead), w_scale.numel(), k};
+  const GemmOperands plan = plan_operands(weight.grid, &activation.grid, weight.sparsity, &mnk);
   check(plan.family != GemmFamily::kDequantized, op, ": ", a_quantizer, " x ", w_quantizer, " is no product of integers; dequantize both");
   const Tensor flat = torch::stable::reshape(x, Shape{product(lead), x.size(x.dim() - 1)});
   const OperandTensors right(op, "w", w, w_scale, w_sum, w_index, weight.grid, plan.w, k);

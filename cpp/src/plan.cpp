@@ -23,7 +23,7 @@ struct TileRow {
   const char* reason;
 };
 
-constexpr TileRow kSkinny = {16, 16, "skinny", "at most 16 rows: bound by the bytes of w, which are read once; a stays in shared memory"};
+constexpr TileRow kSkinny = {16, 16, "skinny", "few rows: bound by the bytes of w, which are read once, straight to registers"};
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
@@ -38,6 +38,11 @@ constexpr double kWgmma128Time = 0.7;
 constexpr int32_t kMaxSplit = 4;         // splits of 8 took longer than their shorter loops saved: 16 x 4096 x 4096 on an H100
 constexpr int32_t kMinStages = 4;        // stages a thread block takes at least, so that sums of few stages are not split further
 constexpr int32_t kSplitBlocksOfSm = 2;  // thread blocks that a multiprocessor holds of the split kernels
+
+// Rows of packed codes from which the kernel for few rows takes longer than wgmma: its warps unpack each other's a. Where its thread blocks
+// make few tiles, wgmma has to split K, and is slower up to 64 rows.
+constexpr int32_t kSkinnyNibbleRows = 32, kSkinnyMostRows = 64, kSkinnyFewTiles = 3;
+constexpr int32_t kHopper = 90, kHopperMultiprocessors = 132;
 
 // Shared memory that a thread block can have beside the 42 KB of the skinny kernel's own.
 int64_t skinny_room(int32_t compute_capability) {
@@ -74,7 +79,7 @@ std::string to_string(GemmFamily family) {
   return "dequantized";
 }
 
-GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity, int64_t m, int64_t k) {
+GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity, const GemmShape* shape) {
   check_grid(weight);
   const Layout narrow = weight.bits <= 4 ? Layout::kPacked : Layout::kCodes;
   if (activation == nullptr) {
@@ -104,9 +109,10 @@ GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsit
   const bool codes = activation->kind != GridKind::kFp4 && weight.kind != GridKind::kFp4 && activation->bits < 8;
   const Layout bytes = codes ? Layout::kCodes : Layout::kValues;
   if (weight.bits <= 4) {
-    if (codes && activation->bits <= 4 && plan_skinny(GemmFamily::kInt4, m, k, 90)) {
+    if (codes && activation->bits <= 4 && shape != nullptr &&
+        plan_skinny(GemmFamily::kInt4, shape->m, shape->n, shape->k, kHopper, kHopperMultiprocessors)) {
       return {GemmFamily::kInt4, Layout::kPacked, Layout::kPacked,
-              "few rows: every multiprocessor reads all of a, which takes half the time when it is packed too"};
+              "few rows: every warp reads its part of a for itself, and packed it is half as much"};
     }
     return {GemmFamily::kInt4, bytes, Layout::kPacked, "4-bit weights stay packed, and are widened to bytes on the way"};
   }
@@ -120,7 +126,7 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
   const bool has_wgmma =
       family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes || family == GemmFamily::kSparse;
-  if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
+  if (plan_skinny(family, m, n, k, compute_capability, sm_count)) return skinny_tile();
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
   return compute_capability == 90 && has_wgmma ? plan_wgmma(family, m, n, k, sm_count)
                                                : plan_mma_sync(family, m, n, k, compute_capability, sm_count);
@@ -148,24 +154,26 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
   return time_128 < time_256 ? tile(kWgmma128, 1, 1) : tile(kWgmma256, pair, 1);
 }
 
-int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability) {
+int32_t plan_skinny_rows(GemmFamily family, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
   if (k == 0) return 0;
-  if (family == GemmFamily::kInt4) return 64;
+  if (family == GemmFamily::kInt4) {
+    return n <= int64_t{kSkinnyFewTiles} * kSkinny.block_n * sm_count ? kSkinnyMostRows : kSkinnyNibbleRows;
+  }
   if (family == GemmFamily::kInt8) return kSkinny.block_m;
   if (family != GemmFamily::kWeightOnly) return 0;
-  const int64_t bytes = (2 * k + 1023) / 1024 * 1024;  // of a row, in slices of at most 1024
+  const int64_t bytes = (2 * k + 1023) / 1024 * 1024;  // of a row in shared memory, in slices of at most 1024
   const int64_t room = skinny_room(compute_capability);
   return 16 * bytes <= room ? 16 : 8 * bytes <= room ? 8 : 0;
 }
 
-bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability) {
-  const int32_t rows = plan_skinny_rows(family, k, compute_capability);
+bool plan_skinny(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
+  const int32_t rows = plan_skinny_rows(family, n, k, compute_capability, sm_count);
   // Real activations of 9 to 16 rows that do not fit together are taken 8 at a time: no other kernel reads the weight less often.
   return m <= (family == GemmFamily::kWeightOnly && rows > 0 ? kSkinny.block_m : rows);
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
-  if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
+  if (plan_skinny(family, m, n, k, compute_capability, sm_count)) return skinny_tile();
   const TileRow& row = tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
   return {row.kernel, false, row.block_m, row.block_n, elements_of_64_bytes(family), 1, 1, row.reason};
 }

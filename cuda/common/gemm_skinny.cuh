@@ -151,23 +151,32 @@ struct ResidentFloats {
     return *reinterpret_cast<const uint4*>(shared + row * kSliceBytes + offset(parity, t, part));
   }
 
-  // All of a. A thread stays in one row.
+  // All of a. A thread stays in one row, of which it takes W::kOrdered pieces side by side to as many parts of a lane.
   template <int ROWS>
   static __device__ __forceinline__ void store(const SkinnyRows& source, int slices, uint8_t* target) {
-    constexpr uint32_t kPieces = kSliceBytes / 16, kRowThreads = kSkinnyThreads / ROWS;
-    constexpr int kBatch = 8;  // loads of a thread that are on their way together
-    const uint32_t row = threadIdx.x / kRowThreads, pieces = slices * kPieces;
-    const uint8_t* const source_row = source.row(min(row, source.rows - 1));
-    for (uint32_t first = threadIdx.x % kRowThreads; first < pieces; first += kBatch * kRowThreads) {
-      uint4 loaded[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) loaded[b] = load_activation(source, source_row, (first + b * kRowThreads) * 16);
+    constexpr uint32_t kRuns = kSliceBytes / (16 * W::kOrdered), kRowThreads = kSkinnyThreads / ROWS;
+    constexpr int kBatch = 8 / W::kOrdered;  // runs of a thread that are on their way together
+    const uint32_t row = threadIdx.x / kRowThreads, runs = slices * kRuns;
+    if (row >= source.rows) return;  // what is multiplied by them is not stored
+    const uint8_t* const source_row = source.row(row);
+    for (uint32_t first = threadIdx.x % kRowThreads; first < runs; first += kBatch * kRowThreads) {
+      uint4 loaded[kBatch][W::kOrdered];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const uint32_t i = first + b * kRowThreads, piece = i % kPieces, slice = i / kPieces;
-        if (i < pieces) {
-          *reinterpret_cast<uint4*>(target + (slice * ROWS + row) * kSliceBytes + offset(row, piece / kParts, piece % kParts)) =
-              W::order(loaded[b]);
+#pragma unroll
+        for (int i = 0; i < W::kOrdered; ++i) {
+          loaded[b][i] = load_activation(source, source_row, ((first + b * kRowThreads) * W::kOrdered + i) * 16);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const uint32_t i = first + b * kRowThreads, slice = i / kRuns, part = i % kRuns * W::kOrdered;
+        if (i >= runs) break;
+        W::order(loaded[b]);
+        uint8_t* const slice_row = target + (slice * ROWS + row) * kSliceBytes;
+#pragma unroll
+        for (int j = 0; j < W::kOrdered; ++j) {
+          *reinterpret_cast<uint4*>(slice_row + offset(row, part / kParts, part % kParts + j)) = loaded[b][j];
         }
       }
     }
@@ -383,11 +392,12 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
     launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, Epilogue, TILES_M, team_warps()>,
                 dim3(static_cast<unsigned>(blocks)), dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares, epilogue);
   };
-  constexpr int kFewWarps = 4, kManyWarps = 8;
-  if (A::kResident || eights <= 2 * kSkinnyWarps / kManyWarps * blocks) {
-    run(std::integral_constant<int, kManyWarps>());
+  if constexpr (A::kResident) {
+    run(std::integral_constant<int, W::kTeamWarps>());
   } else {
-    run(std::integral_constant<int, kFewWarps>());
+    constexpr int kFewWarps = 4, kManyWarps = 8;
+    eights <= 2 * kSkinnyWarps / kManyWarps * blocks ? run(std::integral_constant<int, kManyWarps>())
+                                                     : run(std::integral_constant<int, kFewWarps>());
   }
 }
 

@@ -52,9 +52,6 @@ __device__ __forceinline__ uint4 load_once(const void* global) {
   return words;
 }
 
-// Brings what lies at an address to the L2 cache, and waits for nothing.
-__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
-
 // ---- shared memory
 __device__ __forceinline__ uint8_t* dynamic_shared() {
   extern __shared__ __align__(1024) uint8_t buffer[];  // what the widest swizzle of the copy engine wants

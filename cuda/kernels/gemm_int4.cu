@@ -15,12 +15,13 @@
 namespace quest::cuda {
 namespace {
 
-// At most 16 rows, if their kernel takes these operands.
+// Few rows, if their kernel takes these operands.
 bool gemm_int4_skinny(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                       cudaStream_t stream) {
-  if (!plan_skinny(GemmFamily::kInt4, output.m, k, device.compute_capability)) return false;
   const bool looks_up = is_fp4(w), both = a.layout == Layout::kPacked && !is_fp4(a) && !looks_up;
-  if (!(both ? is_aligned(a.data, 16) : output.m <= 16 && is_skinny_a(a, k)) || !is_skinny_w(w, k)) return false;
+  const GemmFamily rows = both ? GemmFamily::kInt4 : GemmFamily::kInt8;
+  if (!plan_skinny(rows, output.m, output.n, k, device.compute_capability, device.sm_count)) return false;
+  if (!(both ? is_aligned(a.data, 16) : is_skinny_a(a, k)) || !is_skinny_w(w, k)) return false;
   const IntegerEpilogue epilogue = integer_epilogue(a, w, skinny_affine(a, is_fp4(a)), skinny_affine(w, looks_up), output, k);
   if (epilogue.a.sums_values || epilogue.w.sums_values) return false;
   const SkinnyRows a_rows = skinny_rows(a, output.m, k), w_rows = skinny_rows(w, output.n, k);

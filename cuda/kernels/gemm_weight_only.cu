@@ -122,18 +122,14 @@ using BFloat16Loader = LevelLoader<ROWS, MmaBFloat16>;
 template <int ROWS>
 using Float16Loader = LevelLoader<ROWS, MmaFloat16>;
 
-// ---- at most 16 rows: weights to pairs of 16-bit floats. Every 8 columns become 4 words of columns i and i + 4, which is what falls out
-// of shifting codes or bits that lie side by side.
-
-// 8 columns of x in that order.
-__device__ __forceinline__ uint4 order_pairs(uint4 x) {
-  return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632), __byte_perm(x.y, x.w, 0x5410),
-                    __byte_perm(x.y, x.w, 0x7632));
-}
+// ---- at most 16 rows: weights to pairs of 16-bit floats. A pair are two columns whose codes fall out of one shift: i and i + 4 of 8 for
+// nibbles, i and i + 16 of 32 for bits. order: kOrdered times 8 neighbouring columns of x, as many words of such pairs. kTeamWarps: such
+// that a warp has several slices of a row.
 
 // 4-bit codes of a grid of equal steps: bits of a code below those of a power of two are a float that is exactly so much larger.
 template <typename Mma>
 struct FloatNibbles : PackedColumns {
+  static constexpr int kOrdered = 1, kTeamWarps = 8;
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded, part) >> 8 * p;
     auto pair = [&](uint32_t two) {
@@ -142,22 +138,27 @@ struct FloatNibbles : PackedColumns {
     };
     return make_uint2(pair(codes), pair(codes >> 4));
   }
-  static __device__ __forceinline__ uint4 order(uint4 columns) { return order_pairs(columns); }
+  static __device__ __forceinline__ void order(uint4 (&x)[1]) {
+    x[0] = make_uint4(__byte_perm(x[0].x, x[0].z, 0x5410), __byte_perm(x[0].x, x[0].z, 0x7632), __byte_perm(x[0].y, x[0].w, 0x5410),
+                      __byte_perm(x[0].y, x[0].w, 0x7632));
+  }
 };
 
 // 4-bit codes of any grid.
 struct FloatTable : PackedColumns {
+  static constexpr int kOrdered = 1, kTeamWarps = 8;
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded, part) >> 16 * p;
     const uint32_t low = look_up_nibbles(source.table, codes), high = look_up_nibbles(source.high_table, codes);
     return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
   }
-  static __device__ __forceinline__ uint4 order(uint4 columns) { return columns; }
+  static __device__ __forceinline__ void order(uint4 (&)[1]) {}
 };
 
 // Codes of a byte, of a grid of equal steps.
 template <typename Mma>
 struct FloatBytes : ByteColumns {
+  static constexpr int kOrdered = 1, kTeamWarps = 8;
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint32_t codes = word_of(loaded[part / 2], part % 2 * 2 + p);
     auto level = [&](uint32_t selector) {  // 0x4700cc00 is the float 32768 + c
@@ -165,13 +166,14 @@ struct FloatBytes : ByteColumns {
     };
     return make_uint2(Mma::pack(level(0x7504u), level(0x7514u)), Mma::pack(level(0x7524u), level(0x7534u)));
   }
-  static __device__ __forceinline__ uint4 order(uint4 columns) { return columns; }
+  static __device__ __forceinline__ void order(uint4 (&)[1]) {}
 };
 
 // Bit planes of an int grid: the sum of 2^j with the sign of plane j.
 template <typename Mma, int BITS>
 struct FloatPlanes {
-  static constexpr int kDepth = BITS == 1 ? 2 : 1, kLaneColumns = 128, kLaneBytes = 16;
+  static constexpr int kOrdered = 4, kTeamWarps = 2;
+  static constexpr int kDepth = 4, kLaneColumns = 128, kLaneBytes = 16;
   uint4 loaded[BITS];
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
 #pragma unroll
@@ -181,20 +183,29 @@ struct FloatPlanes {
     uint32_t pairs[2];
 #pragma unroll
     for (int j = 0; j < BITS; ++j) {
-      const uint32_t bits = word_of(loaded[j], part / 4) >> part % 4 * 8 & 0xFFu;
-      const uint32_t apart = bits | bits << 12;  // bit i + 4 at 16 + i
       // 2^j in the exponent, the sign of a bit that is not set.
-      constexpr uint32_t kExponentStep = Mma::kExponentStep;
-      const uint32_t minus = (Mma::kOne | 0x80008000u) + static_cast<uint32_t>(j) * kExponentStep;
+      const uint32_t minus = (Mma::kOne | 0x80008000u) + static_cast<uint32_t>(j) * Mma::kExponentStep;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t pair = (apart << (15 - 2 * p - i) & 0x80008000u) ^ minus;
+        const uint32_t pair = (word_of(loaded[j], part / 4) << (15 - (part % 4 * 4 + 2 * p + i)) & 0x80008000u) ^ minus;
         pairs[i] = j == 0 ? pair : Mma::fma(pair, Mma::kOne, pairs[i]);
       }
     }
     return make_uint2(pairs[0], pairs[1]);
   }
-  static __device__ __forceinline__ uint4 order(uint4 columns) { return order_pairs(columns); }
+  static __device__ __forceinline__ void order(uint4 (&x)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // columns 8 half ... and those 16 further
+      const uint4 low = x[half], high = x[half + 2];
+      const uint4 first = make_uint4(__byte_perm(low.x, high.x, 0x5410), __byte_perm(low.x, high.x, 0x7632),
+                                     __byte_perm(low.y, high.y, 0x5410), __byte_perm(low.y, high.y, 0x7632));
+      const uint4 second = make_uint4(__byte_perm(low.z, high.z, 0x5410), __byte_perm(low.z, high.z, 0x7632),
+                                      __byte_perm(low.w, high.w, 0x5410), __byte_perm(low.w, high.w, 0x7632));
+      x[half] = first, x[half + 2] = second;
+    }
+    const uint4 third = x[1];  // parts 0 and 1 are of the columns 0 to 7, 2 and 3 of those from 8 on
+    x[1] = x[2], x[2] = third;
+  }
 };
 
 constexpr int kRealM = 32, kRealN = 64, kRealK = 32, kRealThreads = 128;
@@ -307,7 +318,7 @@ bool weight_only_skinny(const char* op, const void* x, const Operand& w, const R
   const bool bytes = w.layout == Layout::kCodes;
   if (!is_aligned(x, 16) || !is_aligned(w.data, 16) || k % 8 != 0 || (bytes && (!even_steps || k % 16 != 0))) return false;
   if (w.layout == Layout::kPlanes && (w.grid.kind != GridKind::kInt || w.grid.bits > 3)) return false;
-  if (!plan_skinny(GemmFamily::kWeightOnly, m, k, device.compute_capability)) return false;
+  if (!plan_skinny(GemmFamily::kWeightOnly, m, n, k, device.compute_capability, device.sm_count)) return false;
   SkinnyRows rows = skinny_rows(w, n, k);
   rows.flip = 0;
   if (even_steps) {
@@ -327,7 +338,7 @@ bool weight_only_skinny(const char* op, const void* x, const Operand& w, const R
     std::memcpy(&rows.high_table, high, 16);
   }
   // Where 16 rows do not fit in shared memory, the weight comes from the L2 cache the second time.
-  const int64_t step = plan_skinny_rows(GemmFamily::kWeightOnly, k, device.compute_capability);
+  const int64_t step = plan_skinny_rows(GemmFamily::kWeightOnly, n, k, device.compute_capability, device.sm_count);
   for (int64_t first = 0; first < m; first += step) {
     RealEpilogue part = epilogue;
     part.output.m = std::min(step, m - first);

@@ -497,8 +497,9 @@ __device__ __forceinline__ uint32_t round_values(float (&x)[kQuadValues], const 
 //
 // 56 registers: fewer do not hold the 32 values, their addresses and what a row needs; with 64 fewer warps would cover the time that loads
 // take. (Two groups of 8 blocks a warp share more of the work that is not per value, but half as many warps cost as much as that saves.)
+// rms_norm also holds its weight: 64.
 template <DType DTYPE, bool ROTATE, PrologueKind PROLOGUE>
-__global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
+__global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64 : 56) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
   __shared__ float4 square_sums[kMaxRowWarps / 4];
   __shared__ int32_t row_code_sum;
   constexpr bool kTensorCores = ROTATE && DTYPE != DType::kFloat32;
@@ -537,26 +538,36 @@ __global__ __maxnreg__(56) void quantize_blocks_kernel(const __grid_constant__ B
     for (int i = 0; i < 4; ++i) silu_mul(raw[i], up[i]);
   } else {
     __shared__ float4 input_sums[kMaxRowWarps / 4];
+    // The weight is on its way while the row is summed, where registers hold both.
+    constexpr bool kLoadsAhead = DTYPE != DType::kFloat32;
+    Raw weight[4];
     load(raw, problem.x, row_block);
-    // While x waits for the sum it leaves no registers for the weight, which few rows find in a cache.
+    if constexpr (kLoadsAhead) load(weight, problem.norm_weight, block);
+    float partial[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (exists) prefetch(address(problem.norm_weight, block, i));
-    }
+      float values[kChunk];
+      raw[i].to_floats(values);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) raw[i].to_floats(x + i * kChunk);
-    float squares = sum_over_warp(sum_of_squares(x));
+      for (int j = 0; j < kChunk; ++j) partial[j % 4] = fmaf(values[j], values[j], partial[j % 4]);
+    }
+    float squares = sum_over_warp((partial[0] + partial[1]) + (partial[2] + partial[3]));
     if (warps > 1) squares = sum_over_warps(squares, input_sums, warps);
-    Raw weight[4];
-    load(weight, problem.norm_weight, block);
+    if constexpr (!kLoadsAhead) load(weight, problem.norm_weight, block);
     const float factor = norm_factor(squares, problem.one_over_k, problem.norm_epsilon);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float w[kChunk];
+      // Converted again, not kept as floats, for which there are no registers.
+      if constexpr (kLoadsAhead) {
+        uint4& four = raw[i].vectors[0];
+        asm volatile("" : "+r"(four.x), "+r"(four.y), "+r"(four.z), "+r"(four.w));
+      }
+      float values[kChunk], w[kChunk];
+      raw[i].to_floats(values);
       weight[i].to_floats(w);
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) x[i * kChunk + j] = x[i * kChunk + j] * factor * w[j];
-      raw[i].from_floats(x + i * kChunk);
+      for (int j = 0; j < kChunk; ++j) values[j] = values[j] * factor * w[j];
+      raw[i].from_floats(values);
     }
   }
   if constexpr (kTensorCores) {

@@ -61,20 +61,15 @@ TEST(Plan, HopperTilesByRows) {
   EXPECT_EQ(plan(16384, 12288, 4096).block_m, 256);
   EXPECT_EQ(plan(1024, 4096, 4096).block_m, 256);  // 128 tiles on 132 multiprocessors
   EXPECT_EQ(plan(512, 4096, 4096).block_m, 128);   // 64 tiles of 256 rows would leave half of them idle
-  EXPECT_EQ(plan(64, 4096, 4096).block_m, 64);
   EXPECT_EQ(plan(128, 4096, 4096).block_m, 64);
-  EXPECT_STREQ(plan(16, 4096, 4096).kernel, "skinny");
-  EXPECT_STREQ(plan(16, 4096, 11008).kernel, "skinny");
-  EXPECT_EQ(plan(16, 4096, 16384).block_m, 16);  // a does not fit in shared memory
-  EXPECT_TRUE(plan(16, 4096, 16384).wgmma);
-  EXPECT_STREQ(plan(8, 4096, 16384).kernel, "skinny");
-  EXPECT_EQ(plan(17, 4096, 4096).block_m, 64);
+  EXPECT_EQ(plan(64, 12288, 4096).block_m, 64);
   // Split K until two thread blocks a multiprocessor are busy, each with at least 4 stages of 128 columns.
-  EXPECT_EQ(plan(64, 4096, 4096).split_k, 4);
-  EXPECT_EQ(plan(64, 12288, 4096).split_k, 2);
-  EXPECT_EQ(plan(64, 22016, 4096).split_k, 1);
-  EXPECT_EQ(plan(64, 4096, 1024).split_k, 2);
-  EXPECT_EQ(plan(1, 1, 16).split_k, 1);
+  auto split = [](int64_t m, int64_t n, int64_t k) { return plan_wgmma(GemmFamily::kInt4, m, n, k, 132).split_k; };
+  EXPECT_EQ(split(64, 4096, 4096), 4);
+  EXPECT_EQ(split(64, 12288, 4096), 2);
+  EXPECT_EQ(split(64, 22016, 4096), 1);
+  EXPECT_EQ(split(64, 4096, 1024), 2);
+  EXPECT_EQ(split(1, 1, 16), 1);
   EXPECT_EQ(plan(4096, 4096, 4096).split_k, 1);
   // An odd number of column tiles leaves half of the last pair of thread blocks idle.
   EXPECT_EQ(plan(11264, 512, 4096).block_m, 256);
@@ -84,9 +79,37 @@ TEST(Plan, HopperTilesByRows) {
   EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 16, 4096, 4096, 90, 132).split_k, 1);  // 4 stages of 1024 bits
 }
 
+TEST(Plan, FewRows) {
+  auto is_skinny = [](GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t capability = 90) {
+    return std::string(plan_tile(family, m, n, k, capability, 132).kernel) == "skinny";
+  };
+  EXPECT_TRUE(is_skinny(GemmFamily::kInt4, 32, 22016, 4096));
+  EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 33, 22016, 4096));
+  EXPECT_TRUE(is_skinny(GemmFamily::kInt4, 64, 4096, 11008));  // at most 3 tiles a multiprocessor: wgmma would split K
+  EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 65, 4096, 11008));
+  EXPECT_TRUE(is_skinny(GemmFamily::kInt8, 16, 4096, 32768));
+  EXPECT_FALSE(is_skinny(GemmFamily::kInt8, 17, 4096, 4096));
+  EXPECT_FALSE(is_skinny(GemmFamily::kSparse, 1, 4096, 4096));
+  // Real activations stay in shared memory: 8 rows at least must fit.
+  EXPECT_TRUE(is_skinny(GemmFamily::kWeightOnly, 16, 4096, 11008));
+  EXPECT_FALSE(is_skinny(GemmFamily::kWeightOnly, 16, 4096, 11008, 86));
+  EXPECT_FALSE(is_skinny(GemmFamily::kWeightOnly, 17, 4096, 4096));
+
+  // The activation is packed where that kernel takes it, and the weight never depends on the shape.
+  const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, fp4{GridKind::kFp4, 4};
+  auto layout = [&](Grid a, GemmShape shape) { return plan_operands(int4, &a, Sparsity::kNone, &shape).a; };
+  EXPECT_EQ(layout(int4, {16, 4096, 4096}), Layout::kPacked);
+  EXPECT_EQ(layout(int4, {64, 4096, 4096}), Layout::kPacked);
+  EXPECT_EQ(layout(int4, {64, 12288, 4096}), Layout::kCodes);
+  EXPECT_EQ(layout(int4, {4096, 4096, 4096}), Layout::kCodes);
+  EXPECT_EQ(layout(int8, {16, 4096, 4096}), Layout::kValues);
+  EXPECT_EQ(layout(fp4, {16, 4096, 4096}), Layout::kValues);
+  EXPECT_EQ(plan_operands(int4, &int4, Sparsity::kNone).a, Layout::kCodes);
+}
+
 TEST(Plan, WgmmaOnHopperAlone) {
   for (const GemmFamily family : {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes, GemmFamily::kSparse}) {
-    for (const int64_t m : {17, 64, 4096}) {
+    for (const int64_t m : {65, 4096}) {
       EXPECT_TRUE(plan_tile(family, m, 4096, 4096, 90, 132).wgmma);
       for (const int32_t capability : {80, 86, 89, 100, 120}) EXPECT_FALSE(plan_tile(family, m, 4096, 4096, capability, 132).wgmma);
     }

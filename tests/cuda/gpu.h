@@ -69,9 +69,10 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-// Captures body(stream) into a graph and launches the graph once.
+// Captures body(stream) into a graph and launches the graph once, after all that was launched before on other streams.
 template <typename Body>
 void run_captured(const Body& body) {
+  cuda_ok(cudaDeviceSynchronize());
   const Stream stream;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;

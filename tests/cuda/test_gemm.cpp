@@ -218,6 +218,29 @@ TEST_F(Gemm, Int4OfEveryPairOfNarrowGrids) {
   }
 }
 
+// The kernel for few rows: every number of rows that it takes, blocks of one, two and more tiles, the last one ragged, K of every slice.
+TEST_F(Gemm, FewRows) {
+  Random random(31);
+  const Grid int8{GridKind::kInt, 8}, int4{GridKind::kInt, 4}, int3{GridKind::kIntZero, 3}, int1{GridKind::kInt, 1}, fp4{GridKind::kFp4, 4};
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{5, 48}, {1403, 4096}, {3003, 416}, {6007, 1040}}) {
+    const Matrix w8(random, int8, Layout::kCodes, n, k), w4(random, int4, Layout::kPacked, n, k), w1(random, int1, Layout::kPlanes, n, k),
+        w_fp4(random, fp4, Layout::kPacked, n, k);
+    for (const int64_t m : {1, 8, 9, 16, 17, 32, 33, 64}) {
+      check_product(kInt4, Matrix(random, int4, Layout::kPacked, m, k), w4, m, n, k);
+      if (m > 16) continue;
+      check_product(kInt4, Matrix(random, int3, Layout::kCodes, m, k), w4, m, n, k, DType::kBFloat16);
+      check_product(kInt4, Matrix(random, int8, Layout::kValues, m, k), w4, m, n, k);
+      check_product(kInt4, Matrix(random, int4, Layout::kValues, m, k), w_fp4, m, n, k);
+      check_product(kInt8, Matrix(random, int8, Layout::kValues, m, k), w8, m, n, k, DType::kFloat16);
+      check_product(kPlanes, Matrix(random, int1, Layout::kPlanes, m, k), w1, m, n, k);
+    }
+  }
+  // Packed rows need no K that 16 divides.
+  for (const int64_t k : {1, 33, 1001}) {
+    check_product(kInt4, Matrix(random, int4, Layout::kPacked, 20, k), Matrix(random, int3, Layout::kPacked, 700, k), 20, 700, k);
+  }
+}
+
 TEST_F(Gemm, PlanesOfEveryPairOfBits) {
   Random random(4);
   for (int32_t bits_a = 1; bits_a <= 4; ++bits_a) {

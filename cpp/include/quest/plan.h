@@ -13,15 +13,19 @@ enum class GemmFamily : int32_t { kInt8, kInt4, kPlanes, kSparse, kWeightOnly, k
 std::string to_string(GemmFamily family);
 
 // The family and operand layouts of a product. Family and weight follow from the grids alone: what a packed model stores must not depend on
-// the machine it is made on. The activation's layout also depends on the shape of a, where it is given.
+// the machine it is made on.
 struct GemmOperands {
   GemmFamily family;
   Layout a;  // layout that quantize writes the activation in
   Layout w;  // layout of the stored weight
   const char* reason;
 };
-// activation: nullptr for weight-only. sparsity: of the weight.
-GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity, int64_t m = INT64_MAX, int64_t k = 0);
+// activation: nullptr for weight-only. sparsity: of the weight. shape: of the product; where it is given, the activation's layout is the one
+// for so many rows on a Hopper GPU.
+struct GemmShape {
+  int64_t m, n, k;
+};
+GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity, const GemmShape* shape = nullptr);
 
 // The CUDA kernel variant and tile for one problem.
 struct GemmTile {
@@ -37,10 +41,10 @@ struct GemmTile {
 GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count);
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
-// Rows of a that the kernel for at most 16 rows holds in shared memory at once: 16, 8 or none; whether it takes a product. (1-bit products:
-// those of kInt8 with k / 8.)
-int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability);
-bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
+// Rows of a that the kernel for few rows takes at once (kInt4: of packed ones; of bytes at most 16. 1-bit products: those of kInt8), and
+// whether it takes a product.
+int32_t plan_skinny_rows(GemmFamily family, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
+bool plan_skinny(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 
 // Whether gemm_int4, for more rows, multiplies codes as they are, two a byte, on tensor cores for 4-bit integers. Later GPUs than 8.9 only
 // emulate those, several times slower than they multiply int8.
