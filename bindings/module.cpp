@@ -108,8 +108,8 @@ py::dict plan_operands(const std::string& w_grid, const std::optional<std::strin
   if (a_grid) activation = quest::parse_grid(*a_grid);
   quest::GemmShape mnk{};
   if (shape) std::tie(mnk.m, mnk.n, mnk.k) = *shape;
-  const quest::GemmOperands plan = quest::plan_operands(quest::parse_grid(w_grid), a_grid ? &activation : nullptr, parse_sparsity(sparsity),
-                                                        shape ? &mnk : nullptr);
+  const quest::GemmOperands plan =
+      quest::plan_operands(quest::parse_grid(w_grid), a_grid ? &activation : nullptr, parse_sparsity(sparsity), shape ? &mnk : nullptr);
   py::dict result;
   result["family"] = to_string(plan.family);
   result["a"] = to_string(plan.a);
@@ -171,9 +171,9 @@ PYBIND11_MODULE(_C, m) {
       "max_gemm_depth",
       [](const std::string& a, const std::string& w) { return quest::max_gemm_depth(quest::parse_grid(a), quest::parse_grid(w)); },
       py::arg("a_grid"), py::arg("w_grid"), "The largest K for which the product's exact sum fits int32.");
-  m.def("plan_operands", &plan_operands, py::arg("w_grid"), py::arg("a_grid"), py::arg("sparsity") = "none",
-        py::arg("shape") = py::none(),
-        "Family and operand layouts of a product, and why. a_grid None: weight-only. shape: (m, n, k), on which the layout of a may depend.");
+  m.def(
+      "plan_operands", &plan_operands, py::arg("w_grid"), py::arg("a_grid"), py::arg("sparsity") = "none", py::arg("shape") = py::none(),
+      "Family and operand layouts of a product, and why. a_grid None: weight-only. shape: (m, n, k), on which the layout of a may depend.");
   m.def("plan_tile", &plan_tile, py::arg("family"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("compute_capability") = 90,
         py::arg("sm_count") = 132, "CUDA kernel and tile that a problem gets, and why.");
 }

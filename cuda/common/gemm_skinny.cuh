@@ -11,9 +11,9 @@
 // as long as both operands agree, so word i of a lane may be what it calls column 4t or 16 + 4t, and a is brought to whatever order
 // unpacking the weight is cheapest.
 //
-// Integer activations go the way of the weight: every warp loads the part of a that it multiplies, and the first cache keeps it for the next
-// tile. (In shared memory they would have to be there before the first product: 1 to 3 us.) Real ones, of two bytes a column, are kept in
-// shared memory.
+// Integer activations go the way of the weight: every warp loads the part of a that it multiplies, and the first cache keeps it for the
+// next tile. (In shared memory they would have to be there before the first product: 1 to 3 us.) Real ones, of two bytes a column, are kept
+// in shared memory.
 #pragma once
 
 #include <algorithm>
@@ -50,8 +50,8 @@ __device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
 }
 
 // ---- what a lane loads of a weight row, kLaneBytes of every plane for kLaneColumns, and what it becomes: words 2p and 2p + 1 of `part`,
-// which belongs to 16 bytes of a. Bytes beyond the row are its last ones: what comes of them is multiplied by a zero. kDepth: the most slices
-// that a warp has on their way.
+// which belongs to 16 bytes of a. Bytes beyond the row are its last ones: what comes of them is multiplied by a zero. kDepth: the most
+// slices that a warp has on their way.
 
 __device__ __forceinline__ uint4 load_weight(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
   return load_once(row + min(byte, source.row_bytes - 16));
@@ -109,7 +109,7 @@ __device__ __forceinline__ uint4 load_activation(const SkinnyRows& source, const
 // For SkinnyNibbles.
 struct StreamedNibbles {
   static constexpr bool kResident = false;
-  static constexpr int kLaneBytes = 16;
+  static constexpr int kLaneBytes = 16, kTeamWarps = 4;
   uint4 loaded;
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded = load_activation(source, row, byte);
@@ -124,7 +124,7 @@ struct StreamedNibbles {
 template <bool EVEN_ODD>
 struct StreamedBytes {
   static constexpr bool kResident = false;
-  static constexpr int kLaneBytes = 32;
+  static constexpr int kLaneBytes = 32, kTeamWarps = 4;
   uint4 loaded[2];
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded[0] = load_activation(source, row, byte);
@@ -143,7 +143,7 @@ struct StreamedBytes {
 template <typename W>
 struct ResidentFloats {
   static constexpr bool kResident = true;
-  static constexpr int kParts = W::kLaneColumns / 8, kSliceBytes = 4 * 16 * kParts;
+  static constexpr int kParts = W::kLaneColumns / 8, kSliceBytes = 4 * 16 * kParts, kTeamWarps = W::kTeamWarps;
 
   static __device__ __forceinline__ int offset(int row, int t, int part) { return (part ^ (row & 1)) * 64 + t * 16; }
   // Of row `row` of all slices' rows; parity: that of the row in a.
@@ -206,7 +206,8 @@ struct SkinnyKernel {
   static constexpr int kDepth = std::min(W::kDepth, kLoadedBytes / kSliceBytes);
   static constexpr int kBuffers = TILES_M <= 2 ? 2 : 1;  // of sums: of a tile, and of the next
   static constexpr int kBufferSums = TEAM_WARPS * kRows * kSumPitch;
-  static constexpr int kSharedBytes = kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(Accumulator)) + kRows * static_cast<int>(sizeof(SkinnyRow)));
+  static constexpr int kSharedBytes =
+      kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(Accumulator)) + kRows * static_cast<int>(sizeof(SkinnyRow)));
 };
 
 template <typename Mma, typename W, typename A, typename Epilogue, int TILES_M, int TEAM_WARPS>
@@ -392,13 +393,9 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
     launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, Epilogue, TILES_M, team_warps()>,
                 dim3(static_cast<unsigned>(blocks)), dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares, epilogue);
   };
-  if constexpr (A::kResident) {
-    run(std::integral_constant<int, W::kTeamWarps>());
-  } else {
-    constexpr int kFewWarps = 4, kManyWarps = 8;
-    eights <= 2 * kSkinnyWarps / kManyWarps * blocks ? run(std::integral_constant<int, kManyWarps>())
-                                                     : run(std::integral_constant<int, kFewWarps>());
-  }
+  constexpr int kManyWarps = 8;
+  eights <= 2 * kSkinnyWarps / kManyWarps* blocks ? run(std::integral_constant<int, kManyWarps>())
+                                                  : run(std::integral_constant<int, A::kTeamWarps>());
 }
 
 // At most 16 rows; integers of 4 bits on both sides: at most 64.

@@ -15,7 +15,8 @@ bool gemm_int8_skinny(const char* op, const Operand& a, const Operand& w, const 
   if (!is_skinny_a(a, k) || !is_skinny_w(w, k)) return false;
   const IntegerEpilogue epilogue = integer_epilogue(a, w, skinny_affine(a, false), skinny_affine(w, false), output, k);
   if (epilogue.a.sums_values || epilogue.w.sums_values) return false;
-  launch_skinny<MmaInt8, SkinnyBytes, StreamedBytes<false>>(op, skinny_rows(a, output.m, k), skinny_rows(w, output.n, k), epilogue, device, stream);
+  launch_skinny<MmaInt8, SkinnyBytes, StreamedBytes<false>>(op, skinny_rows(a, output.m, k), skinny_rows(w, output.n, k), epilogue, device,
+                                                            stream);
   return true;
 }
 

@@ -353,9 +353,11 @@ bool weight_only_skinny(const char* op, const void* x, const Operand& w, const R
                    : launch_skinny<Mma, FloatTable, ResidentFloats<FloatTable>>(op, x_rows, rows, part, device, stream);
         break;
       case Layout::kPlanes:
-        w.grid.bits == 1   ? launch_skinny<Mma, FloatPlanes<Mma, 1>, ResidentFloats<FloatPlanes<Mma, 1>>>(op, x_rows, rows, part, device, stream)
-        : w.grid.bits == 2 ? launch_skinny<Mma, FloatPlanes<Mma, 2>, ResidentFloats<FloatPlanes<Mma, 2>>>(op, x_rows, rows, part, device, stream)
-                           : launch_skinny<Mma, FloatPlanes<Mma, 3>, ResidentFloats<FloatPlanes<Mma, 3>>>(op, x_rows, rows, part, device, stream);
+        w.grid.bits == 1
+            ? launch_skinny<Mma, FloatPlanes<Mma, 1>, ResidentFloats<FloatPlanes<Mma, 1>>>(op, x_rows, rows, part, device, stream)
+        : w.grid.bits == 2
+            ? launch_skinny<Mma, FloatPlanes<Mma, 2>, ResidentFloats<FloatPlanes<Mma, 2>>>(op, x_rows, rows, part, device, stream)
+            : launch_skinny<Mma, FloatPlanes<Mma, 3>, ResidentFloats<FloatPlanes<Mma, 3>>>(op, x_rows, rows, part, device, stream);
         break;
       default: launch_skinny<Mma, FloatBytes<Mma>, ResidentFloats<FloatBytes<Mma>>>(op, x_rows, rows, part, device, stream);
     }

@@ -499,7 +499,8 @@ __device__ __forceinline__ uint32_t round_values(float (&x)[kQuadValues], const 
 // take. (Two groups of 8 blocks a warp share more of the work that is not per value, but half as many warps cost as much as that saves.)
 // rms_norm also holds its weight: 64.
 template <DType DTYPE, bool ROTATE, PrologueKind PROLOGUE>
-__global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64 : 56) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
+__global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64
+                                                          : 56) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
   __shared__ float4 square_sums[kMaxRowWarps / 4];
   __shared__ int32_t row_code_sum;
   constexpr bool kTensorCores = ROTATE && DTYPE != DType::kFloat32;

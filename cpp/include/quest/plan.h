@@ -20,8 +20,8 @@ struct GemmOperands {
   Layout w;  // layout of the stored weight
   const char* reason;
 };
-// activation: nullptr for weight-only. sparsity: of the weight. shape: of the product; where it is given, the activation's layout is the one
-// for so many rows on a Hopper GPU.
+// activation: nullptr for weight-only. sparsity: of the weight. shape: of the product; where it is given, the activation's layout is the
+// one for so many rows on a Hopper GPU.
 struct GemmShape {
   int64_t m, n, k;
 };
