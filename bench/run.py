@@ -7,8 +7,10 @@ are interleaved, so that a drift of the machine's speed meets all of them; the m
 range over median) are kept. Rows go to DIR/CASE.csv, stamped with processor, driver, versions and commit.
 
 On a GPU the calls of one backend over all its buffers are one CUDA graph, and a replay of it is one sample: Python and
-launch gaps are in no number. Every call writes to memory of its own. On Hopper quest's products start while the call
-before them ends (programmatic dependent launch), as they do in use; the peers' kernels do not.
+launch gaps are in no number. A large product takes all the power that a GPU may draw, and the clock follows what the
+last milliseconds drew: each turn of a backend begins with SETTLE_US of its own work, so that its samples have the clock
+that it would run at by itself, as the ceilings have. Every call writes to memory of its own. On Hopper quest's products
+start while the call before them ends (programmatic dependent launch), as they do in use; the peers' kernels do not.
 
 The limit of a row comes from the same run: limit_us = max(operations / ceiling, bytes / copy bandwidth), with the bytes
 of quest's operands as they are stored and of its result, and the operations of the unit that should do them: the
@@ -75,6 +77,7 @@ CPU_CACHE_BYTES = 64 << 20  # no portable way to ask; larger than most last-leve
 CACHES_BETWEEN_USES = 4  # a buffer comes back after this many caches' worth of other bytes
 MAX_BUFFERS = 2048  # bounds the graph of calls that move next to nothing
 SAMPLE_US = 500.0  # a sample at least this long: the first launch of a graph, some microseconds, disappears in it
+TURNS, SETTLE_US = 3, 20e3  # of each backend; its own work before it is measured
 POOL_BYTES = 16 << 30  # cached memory of past problems is given back beyond this
 
 
@@ -671,6 +674,7 @@ class Capture:
                 self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self.per_call_us(self.replay())  # the first replay also uploads the graph
+        self.sample_us = self.per_call_us(self.replay()) * calls
 
     def replay(self) -> tuple[Any, Any]:
         """Queues all calls; returns the events before and after them."""
@@ -695,7 +699,7 @@ def capture(backend: Backend, bytes_per_call: int) -> Capture:
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     sets = copies(backend.operands, buffer_count(bytes_per_call, cache_bytes))
     once = Capture(backend, sets, len(sets))
-    turns = math.ceil(SAMPLE_US / (once.per_call_us(once.replay()) * len(sets)))
+    turns = math.ceil(SAMPLE_US / once.sample_us)
     return once if turns == 1 else Capture(backend, sets, turns * len(sets))
 
 
@@ -710,9 +714,11 @@ def measure_cuda(backends: Mapping[str, Backend], moved: Mapping[str, int], roun
             print(f"note: {name} cannot be captured in a graph and is left out here: {str(error).splitlines()[0]}")
     # All of it is queued before anything is waited for: the GPU goes from graph to graph without a pause.
     events_of: dict[str, list[tuple[Any, Any]]] = {name: [] for name in captures}
-    for _ in range(rounds):
+    for _ in range(TURNS):
         for name, captured in captures.items():
-            events_of[name].append(captured.replay())
+            for _ in range(math.ceil(SETTLE_US / captured.sample_us)):
+                captured.graph.replay()
+            events_of[name] += [captured.replay() for _ in range(math.ceil(rounds / TURNS))]
     return {
         name: summarize([captured.per_call_us(events) for events in events_of[name]], moved[name])
         for name, captured in captures.items()

@@ -202,7 +202,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
       w_parity ^= 1;
     };
     // This warpgroup's next tile is `tiles` further; beyond the last there is only what the other one still reads.
-    bool fresh = true;  // the column factors are not there
+    bool fresh = true;  // the column factors are not there, nor all rows of w
     auto advance = [&](int tiles) {
       m_tile += min(tiles, tiles_left - 1);
       tiles_left -= tiles;
@@ -233,13 +233,13 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
           columns.bias[r] = exists && y.bias != nullptr ? y.bias[n] : 0.0f;
         }
         named_barrier(group_barrier(group), kWarpgroup);
-        for (int chunk = 0; chunk < chunks; ++chunk) barrier_wait(&w_full[chunk], w_parity);
-        fresh = false;
       }
 
       if (!first) named_barrier(turn_barrier(group), kMultipliers * kWarpgroup);  // the other has started its last products
       int previous = 0;
       for (int chunk = 0; chunk < chunks; ++chunk) {
+        // Not all before the first: a ring of fewer stages than chunks goes on only when this loop does.
+        if (fresh) barrier_wait(&w_full[chunk], w_parity);
         barrier_wait(&full[stage], parity);
         const uint64_t a_descriptor = a_descriptors + static_cast<uint32_t>(stage * (Tile::STAGE_BYTES >> 4));
         const uint64_t w_descriptor = w_descriptors + static_cast<uint32_t>(chunk * (Tile::CHUNK_BYTES >> 4));
@@ -261,6 +261,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
       wgmma_wait<0>();
       wgmma_owned(accumulators);
       if (lane == 0) barrier_arrive(&empty[previous]);
+      fresh = false;
       advance(kMultipliers);
 
       auto store = [&](auto bias, auto dtype) {

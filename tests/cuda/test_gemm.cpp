@@ -401,7 +401,7 @@ TEST_F(Gemm, TensorCopiesOfBitsThatStay) {
   Random random(35);
   const Grid int1{GridKind::kInt, 1};
   for (const Shape& s : {Shape{65, 32, 144}, Shape{1025, 9632, 4096}, Shape{2600, 4128, 2064}, Shape{66, 70016, 1024},
-                         Shape{130, 20000, 6160}, Shape{4000, 288, 3088}, Shape{300, 544, 16400}, Shape{300, 520, 2064}}) {
+                         Shape{130, 20000, 6160}, Shape{4000, 288, 3088}, Shape{300, 544, 16400}, Shape{300, 520, 2064}, Shape{1025, 2112, 11008}, Shape{700, 4128, 10000}}) {
     const Matrix a(random, int1, Layout::kPlanes, s.m, s.k), w(random, int1, Layout::kPlanes, s.n, s.k);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
       check_product(kPlanes, a, w, s.m, s.n, s.k, dtype, dtype != DType::kFloat16);
