@@ -24,6 +24,7 @@ struct TileRow {
 };
 
 constexpr TileRow kSkinny = {16, 16, "skinny", "few rows: bound by the bytes of w, which are read once, straight to registers"};
+constexpr TileRow kSkinny64 = {64, 16, "skinny_m64", "few rows of packed codes: bound by the bytes of w, which are read once"};
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
@@ -39,9 +40,9 @@ constexpr int32_t kMaxSplit = 4;         // splits of 8 took longer than their s
 constexpr int32_t kMinStages = 4;        // stages a thread block takes at least, so that sums of few stages are not split further
 constexpr int32_t kSplitBlocksOfSm = 2;  // thread blocks that a multiprocessor holds of the split kernels
 
-// Rows of packed codes from which the kernel for few rows takes longer than wgmma: its warps unpack each other's a. Where its thread blocks
-// make few tiles, wgmma has to split K, and is slower up to 64 rows.
-constexpr int32_t kSkinnyNibbleRows = 32, kSkinnyMostRows = 64, kSkinnyFewTiles = 3;
+// Rows of packed codes up to which the kernel for few rows is faster than wgmma on Hopper: its warps unpack a for themselves. Where its
+// thread blocks make few tiles, wgmma has to split K, and is slower up to kSkinnyMostRows. (Elsewhere more than 16 rows are not measured.)
+constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32, kSkinnyFewTiles = 3;
 constexpr int32_t kHopper = 90, kHopperMultiprocessors = 132;
 
 // Shared memory that a thread block can have beside the 42 KB of the skinny kernel's own.
@@ -63,7 +64,10 @@ int32_t elements_of_64_bytes(GemmFamily family) {
 
 int64_t waves(int64_t tiles, int64_t at_once) { return (tiles + at_once - 1) / at_once; }
 
-GemmTile skinny_tile() { return {kSkinny.kernel, false, kSkinny.block_m, kSkinny.block_n, 128, 1, 1, kSkinny.reason}; }
+GemmTile skinny_tile(int64_t m) {
+  const TileRow& row = m <= kSkinny.block_m ? kSkinny : kSkinny64;
+  return {row.kernel, false, row.block_m, row.block_n, 128, 1, 1, row.reason};
+}
 
 }  // namespace
 
@@ -126,10 +130,9 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
   const bool has_wgmma =
       family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes || family == GemmFamily::kSparse;
-  if (plan_skinny(family, m, n, k, compute_capability, sm_count)) return skinny_tile();
+  if (plan_skinny(family, m, n, k, compute_capability, sm_count)) return skinny_tile(m);
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
-  return compute_capability == 90 && has_wgmma ? plan_wgmma(family, m, n, k, sm_count)
-                                               : plan_mma_sync(family, m, n, k, compute_capability, sm_count);
+  return compute_capability == kHopper && has_wgmma ? plan_wgmma(family, m, n, k, sm_count) : plan_mma_sync(family, m, n, sm_count);
 }
 
 GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
@@ -140,7 +143,9 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
   };
   const bool few_tiles = m <= 2 * kWgmma64.block_m && 2 * tiles(kWgmma128, m, n) <= sm_count;
   if (m <= kWgmma64.block_m || few_tiles) {
-    const TileRow& row = m <= kWgmma16.block_m ? kWgmma16 : kWgmma64;
+    // Dense products of bytes and of packed weights have the kernel for few rows.
+    const bool fewest = m <= kWgmma16.block_m && (family == GemmFamily::kPlanes || family == GemmFamily::kSparse);
+    const TileRow& row = fewest ? kWgmma16 : kWgmma64;
     const int64_t stages = (k + block_k - 1) / block_k;
     int32_t split = 1;
     while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages && 2 * split * tiles(row, m, n) <= kSplitBlocksOfSm * sm_count) {
@@ -156,24 +161,23 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
 
 int32_t plan_skinny_rows(GemmFamily family, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
   if (k == 0) return 0;
-  if (family == GemmFamily::kInt4) {
+  if (family == GemmFamily::kInt4 && compute_capability == kHopper) {
     return n <= int64_t{kSkinnyFewTiles} * kSkinny.block_n * sm_count ? kSkinnyMostRows : kSkinnyNibbleRows;
   }
-  if (family == GemmFamily::kInt8) return kSkinny.block_m;
+  if (family == GemmFamily::kInt4 || family == GemmFamily::kInt8) return kSkinnyRows;
   if (family != GemmFamily::kWeightOnly) return 0;
   const int64_t bytes = (2 * k + 1023) / 1024 * 1024;  // of a row in shared memory, in slices of at most 1024
   const int64_t room = skinny_room(compute_capability);
-  return 16 * bytes <= room ? 16 : 8 * bytes <= room ? 8 : 0;
+  return kSkinnyRows * bytes <= room ? kSkinnyRows : 8 * bytes <= room ? 8 : 0;
 }
 
 bool plan_skinny(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
   const int32_t rows = plan_skinny_rows(family, n, k, compute_capability, sm_count);
   // Real activations of 9 to 16 rows that do not fit together are taken 8 at a time: no other kernel reads the weight less often.
-  return m <= (family == GemmFamily::kWeightOnly && rows > 0 ? kSkinny.block_m : rows);
+  return m <= (family == GemmFamily::kWeightOnly && rows > 0 ? kSkinnyRows : rows);
 }
 
-GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
-  if (plan_skinny(family, m, n, k, compute_capability, sm_count)) return skinny_tile();
+GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {
   const TileRow& row = tiles(kLarge, m, n) >= sm_count ? kLarge : kSmall;
   return {row.kernel, false, row.block_m, row.block_n, elements_of_64_bytes(family), 1, 1, row.reason};
 }

@@ -195,7 +195,7 @@ struct SkinnyRow {
 };
 
 // TILES_M: of 8 rows of a. TEAM_WARPS: that share K.
-template <typename Mma, typename W, typename A, typename Epilogue, int TILES_M, int TEAM_WARPS>
+template <typename Mma, typename W, typename A, int TILES_M, int TEAM_WARPS>
 struct SkinnyKernel {
   using Accumulator = typename Mma::Accumulator;
   static constexpr int kRows = 8 * TILES_M, kTeams = kSkinnyWarps / TEAM_WARPS, kTeamThreads = 32 * TEAM_WARPS;
@@ -215,7 +215,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
                                                                         const __grid_constant__ SkinnyRows w_source,
                                                                         const __grid_constant__ SkinnyShares shares,
                                                                         const __grid_constant__ Epilogue epilogue) {
-  using Kernel = SkinnyKernel<Mma, W, A, Epilogue, TILES_M, TEAM_WARPS>;
+  using Kernel = SkinnyKernel<Mma, W, A, TILES_M, TEAM_WARPS>;
   using Accumulator = typename Mma::Accumulator;
   constexpr int kRows = Kernel::kRows, kTeams = Kernel::kTeams, kTeamThreads = Kernel::kTeamThreads, kDepth = Kernel::kDepth;
   const Output& y = epilogue.output;
@@ -382,27 +382,33 @@ inline SkinnyRows skinny_rows(const Operand& operand, int64_t rows, int64_t k) {
 template <typename Mma, typename W, typename A, int TILES_M, typename Epilogue>
 void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& w, const Epilogue& epilogue, const Device& device,
                          cudaStream_t stream) {
+  constexpr int64_t kMost = INT32_MAX / 2;  // columns beyond the last are reckoned with
   const int64_t n = epilogue.output.n;
-  check(n <= INT32_MAX / 2, op, ": expected n <= ", INT32_MAX / 2, ", got ", n);
+  check(n <= kMost, op, ": expected n <= ", kMost, ", got ", n, "; split the columns");
+  check(uint64_t{a.rows} * a.row_bytes <= UINT32_MAX, op, ": expected few rows of a of at most 4 GB, got ", a.rows, " of ", a.row_bytes,
+        " bytes; split the rows");
   const int eights = static_cast<int>((n + 7) / 8), blocks = std::min(eights, device.sm_count);
   const SkinnyShares shares{eights / blocks, eights % blocks};
   auto run = [&](auto team_warps) {
-    using Kernel = SkinnyKernel<Mma, W, A, Epilogue, TILES_M, team_warps()>;
+    using Kernel = SkinnyKernel<Mma, W, A, TILES_M, team_warps()>;
     int64_t shared = Kernel::kSharedBytes;
     if constexpr (A::kResident) shared += 8 * TILES_M * round_up(a.row_bytes, A::kSliceBytes);
     launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, Epilogue, TILES_M, team_warps()>,
                 dim3(static_cast<unsigned>(blocks)), dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares, epilogue);
   };
-  constexpr int kManyWarps = 8;
-  eights <= 2 * kSkinnyWarps / kManyWarps* blocks ? run(std::integral_constant<int, kManyWarps>())
-                                                  : run(std::integral_constant<int, A::kTeamWarps>());
+  // Teams of many warps where two of them make all tiles of a block.
+  constexpr int kManyWarps = 8, kFewEights = 2 * kSkinnyWarps / kManyWarps;
+  const bool few_tiles = eights <= kFewEights * blocks;
+  few_tiles ? run(std::integral_constant<int, kManyWarps>()) : run(std::integral_constant<int, A::kTeamWarps>());
 }
 
-// At most 16 rows; integers of 4 bits on both sides: at most 64.
+// At most 16 rows; packed codes on both sides: at most kSkinnyMostRows.
 template <typename Mma, typename W, typename A, typename Epilogue>
 void launch_skinny(const char* op, const SkinnyRows& a, const SkinnyRows& w, const Epilogue& epilogue, const Device& device,
                    cudaStream_t stream) {
   const int64_t m = epilogue.output.m;
+  constexpr int kMostRows = std::is_same_v<A, StreamedNibbles> ? kSkinnyMostRows : 16;
+  check(m <= kMostRows, op, ": this kernel takes at most ", kMostRows, " rows, got ", m);
   auto run = [&](auto tiles_m) { launch_skinny_tiles<Mma, W, A, tiles_m()>(op, a, w, epilogue, device, stream); };
   if constexpr (std::is_same_v<A, StreamedNibbles>) {
     if (m > 32) return run(std::integral_constant<int, 8>());

@@ -269,7 +269,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
       }
     }
     __syncwarp();
-    if (Tile::SPLIT) cluster_sync();
+    if constexpr (Tile::SPLIT) cluster_sync();
   } else {
     registers_grow<Tile::MULTIPLIER_REGISTERS>();
     const int group = warpgroup - 1;
@@ -348,8 +348,9 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
         // Every block of the cluster adds up its share of the tile, whole groups of 8 rows. Once both warpgroups are here all copies have
         // landed and been read: the ring now holds this block's integers, word i of every thread side by side. (A loop over what lies in
         // memory, since every instruction of a kernel this short is one that has to be fetched.)
-        constexpr int kGroups = BLOCK_M / 8, kStride = kMultipliers * kWarpgroup;
-        const int share = (kGroups + cluster_blocks - 1) / cluster_blocks, first_group = rank * share;
+        constexpr int kStride = kMultipliers * kWarpgroup;
+        const int groups = min(BLOCK_M / 8, (static_cast<int>(problem.output.epilogue.output.m) - first_m + 7) / 8);
+        const int share = (groups + cluster_blocks - 1) / cluster_blocks, first_group = rank * share;
         int32_t* const words = reinterpret_cast<int32_t*>(shared) + threadIdx.x - kWarpgroup;
         static_assert(kStride * (BLOCK_M / 2) * 4 <= STAGES * Tile::STAGE_BYTES, "the ring holds a tile");
         named_barrier(kBothBarrier, kStride);
@@ -359,7 +360,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
         cluster_sync();
         const ColumnFactors columns = column_loads.factors(problem.output);
 #pragma unroll 1
-        for (int j = first_group; j < min(first_group + share, kGroups); ++j) {
+        for (int j = first_group; j < min(first_group + share, groups); ++j) {
           int32_t sums[4] = {};
 #pragma unroll
           for (int block = 0; block < kMaxSplit; ++block) {  // all loads on their way together
@@ -383,7 +384,7 @@ __global__ __launch_bounds__(kWgmmaThreads, Tile::BLOCKS) void gemm_wgmma_kernel
     __syncwarp();
   }
   // No block ends while another may still copy to it, arrive at its barriers or read its integers.
-  if constexpr (kCluster) cluster_sync_relaxed();
+  if constexpr (kCluster) cluster_sync();
 #else
   __trap();  // the host launches this where Device::hopper_code alone
 #endif
@@ -454,7 +455,10 @@ void launch_wgmma(const char* op, const GemmTile& tile, const Operand& a, const 
     case 256: run(WgmmaTile<Mma, Fragments, 256, kLargeCluster>{}); break;
     case 128: run(WgmmaTile<Mma, Fragments, 128, 1>{}); break;
     case 64: run(WgmmaTile<Mma, Fragments, 64, 1, true>{}); break;
-    case 16: run(WgmmaTile<Mma, Fragments, 16, 1, true>{}); break;
+    case 16:
+      // Others have the kernel for few rows.
+      if constexpr (Mma::kPlanes || Fragments::kIndexBytes > 0) return run(WgmmaTile<Mma, Fragments, 16, 1, true>{});
+      [[fallthrough]];
     default: check(false, op, ": no kernel for the planned tile ", tile.kernel);
   }
 }

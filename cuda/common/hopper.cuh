@@ -77,8 +77,7 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The same without a fence of the whole GPU before it: of ordinary writes it orders none, so it is for saying that barriers are initialised
-// (after barrier_init_fence) or that what was read is in registers.
+// The same without a fence before it, for barriers that have been initialised, after barrier_init_fence: it orders nothing else.
 __device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

@@ -15,10 +15,10 @@
 
 namespace quest::cuda {
 
-// a: kValues, w: kPacked.
+// a: kValues or kCodes, w: kPacked.
 bool gemm_int4_wgmma(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                      cudaStream_t stream);
-// a: kValues, w: kValues or kCodes.
+// a, w: kValues or kCodes.
 bool gemm_int8_wgmma(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                      cudaStream_t stream);
 // a, w: kPlanes.

@@ -19,8 +19,11 @@ namespace {
 bool gemm_int4_skinny(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                       cudaStream_t stream) {
   const bool looks_up = is_fp4(w), both = a.layout == Layout::kPacked && !is_fp4(a) && !looks_up;
-  const GemmFamily rows = both ? GemmFamily::kInt4 : GemmFamily::kInt8;
-  if (!plan_skinny(rows, output.m, output.n, k, device.compute_capability, device.sm_count)) return false;
+  // Packed rows that came here because the plan is for another number of multiprocessors: no wgmma kernel takes them.
+  const bool takes = both && device.hopper_code ? output.m <= kSkinnyMostRows && k > 0
+                                                : plan_skinny(both ? GemmFamily::kInt4 : GemmFamily::kInt8, output.m, output.n, k,
+                                                              device.compute_capability, device.sm_count);
+  if (!takes) return false;
   if (!(both ? is_aligned(a.data, 16) : is_skinny_a(a, k)) || !is_skinny_w(w, k)) return false;
   const IntegerEpilogue epilogue = integer_epilogue(a, w, skinny_affine(a, is_fp4(a)), skinny_affine(w, looks_up), output, k);
   if (epilogue.a.sums_values || epilogue.w.sums_values) return false;
@@ -65,7 +68,7 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
   if (gemm_int4_skinny(op, a, w, output, k, device, stream)) return;
   if (gemm_int4_wgmma(op, a, w, output, k, device, stream)) return;
   const bool looks_up = is_fp4(a) || is_fp4(w);
-  const GemmTile tile = plan_mma_sync(GemmFamily::kInt4, m, n, k, device.compute_capability, device.sm_count);
+  const GemmTile tile = plan_mma_sync(GemmFamily::kInt4, m, n, device.sm_count);
   if (plan_native_int4(a.layout, a.grid, w.grid, device.compute_capability)) return launch_native(op, tile, a, w, output, k, stream);
   const NibbleRows w_rows = nibble_rows(op, "w", w, n, k, looks_up);
   const bool packed = a.layout == Layout::kPacked;

@@ -33,7 +33,7 @@ void gemm_int8(const Operand& a, const Operand& w, const float* bias, void* y, D
   const Output output = make_output(y, dtype, bias, m, n);
   if (gemm_int8_skinny(op, a, w, output, k, device, stream)) return;
   if (gemm_int8_wgmma(op, a, w, output, k, device, stream)) return;
-  const GemmTile tile = plan_mma_sync(GemmFamily::kInt8, m, n, k, device.compute_capability, device.sm_count);
+  const GemmTile tile = plan_mma_sync(GemmFamily::kInt8, m, n, device.sm_count);
   const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, is_fp4(a)), operand_affine(w, is_fp4(w)), output, k);
   launch_tile<MmaInt8, ByteLoader, ByteLoader>(op, tile, byte_rows(a, m, k), byte_rows(w, n, k), steps_of(k), epilogue, stream);
 }

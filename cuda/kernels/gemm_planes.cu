@@ -35,7 +35,7 @@ void gemm_planes(const Operand& a, const Operand& w, const float* bias, void* y,
     return;
   }
   if (gemm_planes_wgmma(op, a, w, output, k, device, stream)) return;
-  const GemmTile tile = plan_mma_sync(GemmFamily::kPlanes, m, n, k, device.compute_capability, device.sm_count);
+  const GemmTile tile = plan_mma_sync(GemmFamily::kPlanes, m, n, device.sm_count);
   launch_tile<MmaBits, ByteLoader, ByteLoader>(op, tile, a_rows, w_rows, steps_of(a_rows.row_bytes, a.grid.bits, w.grid.bits), epilogue,
                                                stream);
 }

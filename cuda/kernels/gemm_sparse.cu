@@ -72,7 +72,7 @@ void gemm_sparse(const Operand& a, const Operand& w, const float* bias, void* y,
   const Device device = current_device(op);
   const Output output = make_output(y, dtype, bias, m, n);
   if (gemm_sparse_wgmma(op, a, w, output, k, device, stream)) return;
-  const GemmTile tile = plan_mma_sync(GemmFamily::kSparse, m, n, k, device.compute_capability, device.sm_count);
+  const GemmTile tile = plan_mma_sync(GemmFamily::kSparse, m, n, device.sm_count);
   const SparseRows w_rows = sparse_rows(op, w, n, k, a.layout == Layout::kEvenOdd);
   const bool looks_up = is_fp4(a) || is_fp4(w);
   if (a.layout == Layout::kPacked) {

@@ -385,7 +385,7 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
                : weight_only_skinny<MmaFloat16>(op, x, w, epilogue, k, device, stream)) {
     return;
   }
-  const GemmTile tile = plan_mma_sync(GemmFamily::kWeightOnly, m, n, k, device.compute_capability, device.sm_count);
+  const GemmTile tile = plan_mma_sync(GemmFamily::kWeightOnly, m, n, device.sm_count);
   const ByteRows x_rows = plain_rows(x, m, k * element_size(dtype));
   if (bfloat16) {
     launch_tile<MmaBFloat16, ByteLoader, BFloat16Loader>(op, tile, x_rows, w_rows, steps_of(x_rows.row_bytes), epilogue, stream);

@@ -334,10 +334,18 @@ class PackedLinear(nn.Module):
 
         kind: what it computes: rms_norm (an nn.RMSNorm over in_features), or silu_mul (no parameters; the layer's input
         then has 2 in_features). The module's parameters are now those of this layer, also in a state_dict.
-        Raises ValueError for a layer that has a prologue.
+        Raises ValueError for a layer that has a prologue, another kind, or a module that does not compute it.
         """
         if self.prologue is not None:
             raise ValueError(f"PackedLinear.fuse: expected a layer without a prologue, got one with {self.prologue}")
+        if kind == "rms_norm":
+            if not isinstance(module, nn.RMSNorm) or module.normalized_shape != (self.in_features,):
+                raise ValueError(
+                    f"PackedLinear.fuse: module: expected an nn.RMSNorm over {self.in_features} features for rms_norm, "
+                    f"got {module}"
+                )
+        elif kind != "silu_mul":
+            raise ValueError(f"PackedLinear.fuse: kind: expected rms_norm or silu_mul, got {kind!r}")
         self.prologue_kind, self.prologue = kind, module
 
     def _fused_prologue(self, input: Tensor) -> _Prologue | None:
@@ -361,13 +369,13 @@ class PackedLinear(nn.Module):
         return y
 
     def _forward(self, input: Tensor) -> Tensor:
-        dtype = _compute_dtype(input)
         plan = self.plan
         fused = self._fused_prologue(input)
         if fused is None:
             with torch.no_grad():
                 input = cast(nn.Module, self.prologue)(input)
         prologue = fused or _NO_PROLOGUE
+        dtype = _compute_dtype(input)
         if plan.a is None:
             input = input.to(dtype)  # as F.linear does under autocast
         # The operation gives y in the dtype of its input. Where autocast asks for another, the input is quantized as it

@@ -210,7 +210,7 @@ TEST_F(Gemm, Int4OfEveryPairOfNarrowGrids) {
   }
   const Grid int3{GridKind::kInt, 3}, int4{GridKind::kInt, 4};
   for (const Shape& s : {Shape{1500, 1700, 144}, Shape{2100, 2000, 1037}}) {
-    EXPECT_EQ(plan_mma_sync(GemmFamily::kInt4, s.m, s.n, s.k, 90, 132).block_m, 128);
+    EXPECT_EQ(plan_mma_sync(GemmFamily::kInt4, s.m, s.n, 132).block_m, 128);
     const Matrix w(random, int4, Layout::kPacked, s.n, s.k);
     for (const Layout layout : {Layout::kPacked, Layout::kCodes}) {
       check_product(kInt4, Matrix(random, int3, layout, s.m, s.k), w, s.m, s.n, s.k, DType::kBFloat16);
@@ -218,11 +218,12 @@ TEST_F(Gemm, Int4OfEveryPairOfNarrowGrids) {
   }
 }
 
-// The kernel for few rows: every number of rows that it takes, blocks of one, two and more tiles, the last one ragged, K of every slice.
+// The kernel for few rows: rows of every number of tiles, and as many columns and as large a K as give a team one tile and several, and a
+// warp fewer slices of a tile than it has on their way, as many, and more.
 TEST_F(Gemm, FewRows) {
   Random random(31);
   const Grid int8{GridKind::kInt, 8}, int4{GridKind::kInt, 4}, int3{GridKind::kIntZero, 3}, int1{GridKind::kInt, 1}, fp4{GridKind::kFp4, 4};
-  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{5, 48}, {1403, 4096}, {3003, 416}, {6007, 1040}}) {
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{5, 48}, {1403, 4096}, {700, 11008}, {6007, 1040}, {9001, 160}, {17003, 96}}) {
     const Matrix w8(random, int8, Layout::kCodes, n, k), w4(random, int4, Layout::kPacked, n, k), w1(random, int1, Layout::kPlanes, n, k),
         w_fp4(random, fp4, Layout::kPacked, n, k);
     for (const int64_t m : {1, 8, 9, 16, 17, 32, 33, 64}) {
@@ -400,8 +401,9 @@ TEST_F(Gemm, TensorCopiesOfManyTiles) {
 TEST_F(Gemm, TensorCopiesOfBitsThatStay) {
   Random random(35);
   const Grid int1{GridKind::kInt, 1};
-  for (const Shape& s : {Shape{65, 32, 144}, Shape{1025, 9632, 4096}, Shape{2600, 4128, 2064}, Shape{66, 70016, 1024},
-                         Shape{130, 20000, 6160}, Shape{4000, 288, 3088}, Shape{300, 544, 16400}, Shape{300, 520, 2064}, Shape{1025, 2112, 11008}, Shape{700, 4128, 10000}}) {
+  for (const Shape& s :
+       {Shape{65, 32, 144}, Shape{1025, 9632, 4096}, Shape{2600, 4128, 2064}, Shape{66, 70016, 1024}, Shape{130, 20000, 6160},
+        Shape{4000, 288, 3088}, Shape{300, 544, 16400}, Shape{300, 520, 2064}, Shape{1025, 2112, 11008}, Shape{700, 4128, 10000}}) {
     const Matrix a(random, int1, Layout::kPlanes, s.m, s.k), w(random, int1, Layout::kPlanes, s.n, s.k);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
       check_product(kPlanes, a, w, s.m, s.n, s.k, dtype, dtype != DType::kFloat16);
@@ -432,37 +434,40 @@ TEST_F(Gemm, TensorCopiesOfEveryPairOfGrids) {
 // that one writes and the next reads, in the same memory each time.
 TEST_F(Gemm, LaunchesThatOverlap) {
   Random random(35);
-  const int64_t m = 300, n = 520, k = 2048;
+  const int64_t n = 520, k = 2048;
   constexpr int kRounds = 40;
   const Quantizer quantizer = parse_quantizer("int4-hadamard-ste");
   const Matrix w(random, quantizer.grid, Layout::kPacked, n, k);
-  std::vector<std::unique_ptr<OnDevice<uint8_t>>> x, expected, streamed, captured;
-  for (int i = 0; i < kRounds; ++i) {
-    x.push_back(std::make_unique<OnDevice<uint8_t>>(testing::to_dtype(random.normals(m * k), DType::kBFloat16)));
-    for (auto* y : {&expected, &streamed, &captured}) y->push_back(std::make_unique<OnDevice<uint8_t>>(2 * m * n));
-  }
-  const OnDevice<uint8_t> codes(m * k);
-  const OnDevice<float> scale(m);
-  const OnDevice<int32_t> code_sum(m);
-  auto round = [&](int i, const OnDevice<uint8_t>& y, cudaStream_t stream) {
-    cuda::quantize(quantizer, Layout::kValues, x[i]->data(), DType::kBFloat16, m, k,
-                   {codes.data(), scale.data(), code_sum.data(), nullptr, nullptr}, stream);
-    const Operand a{quantizer.grid, Layout::kValues, codes.data(), scale.data(), code_sum.data()};
-    cuda::gemm_int4(a, w.device(), nullptr, y.data(), DType::kBFloat16, m, n, k, stream);
-  };
-  for (int i = 0; i < kRounds; ++i) {
-    round(i, *expected[i], nullptr);
-    testing::cuda_ok(cudaDeviceSynchronize());
-  }
-  const testing::Stream stream;
-  for (int i = 0; i < kRounds; ++i) round(i, *streamed[i], stream);
-  testing::cuda_ok(cudaStreamSynchronize(stream));
-  testing::run_captured([&](cudaStream_t capturing) {
-    for (int i = 0; i < kRounds; ++i) round(i, *captured[i], capturing);
-  });
-  for (int i = 0; i < kRounds; ++i) {
-    EXPECT_TRUE(bitwise_equal(expected[i]->host(), streamed[i]->host(), 2 * n)) << "round " << i;
-    EXPECT_TRUE(bitwise_equal(expected[i]->host(), captured[i]->host(), 2 * n)) << "round " << i;
+  for (const auto& [m, layout] : {std::pair<int64_t, Layout>{16, Layout::kPacked}, {40, Layout::kPacked}, {300, Layout::kValues}}) {
+    SCOPED_TRACE(concat(m, " rows"));
+    std::vector<std::unique_ptr<OnDevice<uint8_t>>> x, expected, streamed, captured;
+    for (int i = 0; i < kRounds; ++i) {
+      x.push_back(std::make_unique<OnDevice<uint8_t>>(testing::to_dtype(random.normals(m * k), DType::kBFloat16)));
+      for (auto* y : {&expected, &streamed, &captured}) y->push_back(std::make_unique<OnDevice<uint8_t>>(2 * m * n));
+    }
+    const OnDevice<uint8_t> codes(m * k);
+    const OnDevice<float> scale(m);
+    const OnDevice<int32_t> code_sum(m);
+    auto round = [&, m = m, layout = layout](int i, const OnDevice<uint8_t>& y, cudaStream_t stream) {
+      cuda::quantize(quantizer, layout, x[i]->data(), DType::kBFloat16, m, k,
+                     {codes.data(), scale.data(), code_sum.data(), nullptr, nullptr}, stream);
+      const Operand a{quantizer.grid, layout, codes.data(), scale.data(), code_sum.data()};
+      cuda::gemm_int4(a, w.device(), nullptr, y.data(), DType::kBFloat16, m, n, k, stream);
+    };
+    for (int i = 0; i < kRounds; ++i) {
+      round(i, *expected[i], nullptr);
+      testing::cuda_ok(cudaDeviceSynchronize());
+    }
+    const testing::Stream stream;
+    for (int i = 0; i < kRounds; ++i) round(i, *streamed[i], stream);
+    testing::cuda_ok(cudaStreamSynchronize(stream));
+    testing::run_captured([&](cudaStream_t capturing) {
+      for (int i = 0; i < kRounds; ++i) round(i, *captured[i], capturing);
+    });
+    for (int i = 0; i < kRounds; ++i) {
+      EXPECT_TRUE(bitwise_equal(expected[i]->host(), streamed[i]->host(), 2 * n)) << "round " << i;
+      EXPECT_TRUE(bitwise_equal(expected[i]->host(), captured[i]->host(), 2 * n)) << "round " << i;
+    }
   }
 }
 
@@ -633,6 +638,11 @@ TEST_F(GemmWeightOnly, EveryShape) {
         // Sums of int8, of twice the values, reach float16's infinity.
         const GridKind bytes = dtype == DType::kFloat16 ? GridKind::kIntZero : GridKind::kInt;
         check_weight_only(random, {bytes, 8}, Layout::kCodes, dtype, m, 72, k);
+      }
+      // Teams of two warps, whose blocks have several tiles; and some of them none.
+      for (const int32_t bits : {1, 2}) {
+        check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, 5000, 1000);
+        check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, 20011, 200);
       }
     }
   }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from quest import PackedLinear, Quantizer, QuestLinear, convert, frozen_weights, reference
+from quest.models.llama import SiluMul
 
 IN, OUT = 96, 40
 SPARSE = "int4-hadamard-4:8-trust"
@@ -330,12 +331,6 @@ def test_a_bad_row_reaches_its_output_and_no_gradient(device: torch.device) -> N
     assert not dx[1, 2].any()
 
 
-class SiluMul(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate) * up
-
-
 def fused_layer(kind: str, a: str, w: str, device: torch.device) -> tuple[PackedLinear, nn.Sequential, Tensor]:
     """A packed layer with a prologue, the same two modules one after the other, and an input [3, 5, ...]."""
     packed = PackedLinear.from_linear(layer_and_input(a, w, device)[0])
@@ -397,6 +392,16 @@ def test_prologue_that_has_no_kernel_is_called(device: torch.device) -> None:
         assert torch.equal(y, expected)
 
 
+def test_prologues_that_cannot_be() -> None:
+    packed = PackedLinear.from_linear(QuestLinear(IN, OUT))
+    with pytest.raises(ValueError, match=f"expected an nn.RMSNorm over {IN} features.*LayerNorm"):
+        packed.fuse("rms_norm", nn.LayerNorm(IN))
+    with pytest.raises(ValueError, match=f"expected an nn.RMSNorm over {IN} features.*RMSNorm"):
+        packed.fuse("rms_norm", nn.RMSNorm(2 * IN))
+    with pytest.raises(ValueError, match="kind: expected rms_norm or silu_mul, got 'gelu'"):
+        packed.fuse("gelu", SiluMul())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["rms_norm", "silu_mul"])
 def test_prologue_compiles_and_exports(kind: str, backend: str, device: torch.device) -> None:
@@ -406,8 +411,9 @@ def test_prologue_compiles_and_exports(kind: str, backend: str, device: torch.de
     program = torch.export.export(packed, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=2, max=512)},))
     assert [str(n.target) for n in program.graph.nodes if "quest" in str(n.target)] == ["quest.linear.default"]
     assert not [n for n in program.graph.nodes if "norm" in str(n.target) or "silu" in str(n.target)]
-    longer = torch.cat([x, x])
-    assert torch.equal(program.module()(longer), packed(longer))
+    for copies in (2, 6):  # up to 64 rows have packed activations, more have not
+        longer = torch.cat([x] * copies)
+        assert torch.equal(program.module()(longer), packed(longer))
 
 
 def test_prologue_in_a_cuda_graph(device: torch.device) -> None:

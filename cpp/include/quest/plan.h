@@ -40,9 +40,10 @@ struct GemmTile {
 // to be widened for both sides) get plan_mma_sync's tile instead, those that the kernel for few rows does not take plan_wgmma's.
 GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count);
-GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
-// Rows of a that the kernel for few rows takes at once (kInt4: of packed ones; of bytes at most 16. 1-bit products: those of kInt8), and
-// whether it takes a product.
+GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
+// Rows of a that the kernel for few rows takes at once, and whether it takes a product. kInt4: of packed rows of a; of bytes, and for 1-bit
+// products, those of kInt8.
+constexpr int32_t kSkinnyMostRows = 64;
 int32_t plan_skinny_rows(GemmFamily family, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 bool plan_skinny(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 
