@@ -24,7 +24,7 @@ $(BIN)/torch.stamp:
 	touch $@
 
 # One build serves the package, the googletests and the C++ benchmarks. Rebuilt when anything compiled has changed; Python sources are live.
-$(BIN)/quest.stamp: $(BIN)/torch.stamp pyproject.toml CMakeLists.txt $(shell find cpp cuda bindings tests/cpp tests/cuda -type f) $(wildcard bench/*.cu bench/*.h)
+$(BIN)/quest.stamp: $(BIN)/torch.stamp pyproject.toml CMakeLists.txt $(shell find cpp cuda bindings tests/cpp tests/cuda tests/emulated -type f) $(wildcard bench/*.cu bench/*.h)
 	@test -e /usr/include/gtest/gtest.h || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
 		|| { apt-get update -qq && apt-get install -y -qq libgtest-dev >/dev/null; }  # else CMake fetches it
 	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --quiet --no-build-isolation -C build-dir=$(BUILD) \

@@ -234,16 +234,14 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
   const int block_n = 8 * (block * shares.least + min(block, shares.more));
   const int last_n = min(block_n + 8 * (shares.least + (block < shares.more ? 1 : 0)), static_cast<int>(y.n));
   const int first_n = block_n + team * kSkinnyN;
-  auto team_barrier = [&] { asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(kTeamThreads) : "memory"); };
+  auto team_barrier = [&] { named_barrier(1 + team, kTeamThreads); };
 
   // Rows beyond the block's last one are that one: nothing of them is stored.
   struct WeightRows {
     const uint8_t *top, *bottom;
   };
   auto rows_of = [&](int n) {
-    WeightRows rows{w_source.row(min(n + group, last_n - 1)), w_source.row(min(n + group + 8, last_n - 1))};
-    asm("" : "+l"(rows.top), "+l"(rows.bottom));  // kept, not reckoned anew for each load
-    return rows;
+    return WeightRows{keep(w_source.row(min(n + group, last_n - 1))), keep(w_source.row(min(n + group + 8, last_n - 1)))};
   };
   uint32_t a_offsets[TILES_M];
 #pragma unroll

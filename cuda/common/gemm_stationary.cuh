@@ -197,6 +197,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
       m_tile -= problem.tiles_m, ++n_tile;
       for (int chunk = 0; chunk < chunks; ++chunk) {
         barrier_wait(&w_full[chunk], w_parity);
+        __syncwarp();  // the other lanes have seen this phase too, before it may end
         if (lane == 0) barrier_arrive(&w_empty[chunk]);
       }
       w_parity ^= 1;

@@ -52,6 +52,16 @@ __device__ __forceinline__ uint4 load_once(const void* global) {
   return words;
 }
 
+// A pointer that the compiler is to keep, not to reckon anew wherever it is used.
+template <typename T>
+__device__ __forceinline__ T* keep(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
+// Barrier `id` (1 ... 15) among `threads` threads of the block.
+__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // ---- shared memory
 __device__ __forceinline__ uint8_t* dynamic_shared() {
   extern __shared__ __align__(1024) uint8_t buffer[];  // what the widest swizzle of the copy engine wants

@@ -1,0 +1,74 @@
+// cuda/common/check.h with a launch that runs the kernel on threads of the host.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "emulator.h"
+#include "quest/check.h"
+
+namespace quest::cuda {
+
+struct Device {
+  int32_t compute_capability;
+  int32_t sm_count;
+  int64_t shared_bytes;
+  bool hopper_code;
+};
+
+inline Device current_device(const char*) { return {90, emulated::multiprocessors, emulated::kSharedBytes, true}; }
+
+inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline void check_aligned(const char* op, const char* argument, const void* pointer) {
+  check(is_aligned(pointer, 16), op, ": expected ", argument, " to start at a multiple of 16 bytes");
+}
+inline dim3 grid_of(const char*, int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
+
+struct LaunchOptions {
+  int cluster = 1;
+  bool dependent = false;
+};
+
+template <typename... Parameters, typename... Arguments>
+void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                 cudaStream_t, const Arguments&... arguments) {
+  check(shared_bytes <= emulated::kSharedBytes && block.x <= emulated::kMostThreads, op, ": more than a thread block can have");
+  const int blocks = static_cast<int>(grid.x), threads = static_cast<int>(block.x);
+  for (int first = 0; first < blocks; first += options.cluster) {
+    emulated::Cluster cluster;
+    cluster.threads = options.cluster * threads;
+    std::vector<std::unique_ptr<emulated::Block>> owned;
+    for (int rank = 0; rank < options.cluster; ++rank) {
+      owned.push_back(std::make_unique<emulated::Block>());
+      owned.back()->cluster = &cluster;
+      owned.back()->rank = rank;
+      std::memset(owned.back()->shared, 0xA5, emulated::kSharedBytes);  // no zeros for the taking
+      cluster.blocks.push_back(owned.back().get());
+    }
+    std::vector<std::thread> running;
+    for (int rank = 0; rank < options.cluster; ++rank) {
+      for (int thread = 0; thread < threads; ++thread) {
+        running.emplace_back([&, rank, thread] {
+          emulated::block = cluster.blocks[rank];
+          threadIdx = {thread, 0, 0};
+          blockIdx = {first + rank, 0, 0};
+          blockDim = {threads, 1, 1};
+          gridDim = {blocks, 1, 1};
+          kernel(arguments...);
+        });
+      }
+    }
+    for (std::thread& thread : running) thread.join();
+  }
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  launch_with({}, op, kernel, grid, block, shared_bytes, stream, arguments...);
+}
+
+}  // namespace quest::cuda

@@ -1,0 +1,84 @@
+// The product kernels of Hopper without one (emulator.h), at the smallest shapes that reach every part of them.
+#include "emulator.h"
+#include "products.h"
+#include "quest/plan.h"
+
+namespace quest::testing {
+namespace {
+
+const Grid kInt1Grid{GridKind::kInt, 1}, kInt2Grid{GridKind::kInt, 2}, kInt4Grid{GridKind::kInt, 4}, kInt8Grid{GridKind::kInt, 8};
+const Grid kFp4Grid{GridKind::kFp4, 4}, kIntZero3Grid{GridKind::kIntZero, 3}, kGauss4Grid{GridKind::kGauss, 4};
+
+// The kernel for few rows: teams of 8 warps that make one tile, teams of 4 that make several; K of fewer and of more slices than a warp has
+// on their way.
+TEST(Emulated, FewRows) {
+  emulated::multiprocessors = 2;
+  Random random(1);
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{5, 48}, {150, 416}, {35, 4640}}) {
+    const Matrix w8(random, kInt8Grid, Layout::kCodes, n, k), w4(random, kInt4Grid, Layout::kPacked, n, k);
+    const Matrix w1(random, kInt1Grid, Layout::kPlanes, n, k), w_fp4(random, kFp4Grid, Layout::kPacked, n, k);
+    for (const int64_t m : {1, 9, 17, 40}) {
+      check_product(kInt4, Matrix(random, kInt4Grid, Layout::kPacked, m, k), w4, m, n, k);
+      if (m > 16) continue;
+      check_product(kInt4, Matrix(random, kIntZero3Grid, Layout::kCodes, m, k), w4, m, n, k, DType::kBFloat16);
+      check_product(kInt4, Matrix(random, kInt4Grid, Layout::kValues, m, k), w_fp4, m, n, k);
+      check_product(kInt8, Matrix(random, kInt8Grid, Layout::kValues, m, k), w8, m, n, k, DType::kFloat16);
+      check_product(kPlanes, Matrix(random, kInt1Grid, Layout::kPlanes, m, k), w1, m, n, k);
+    }
+  }
+}
+
+TEST(Emulated, FewRowsOfRealActivations) {
+  emulated::multiprocessors = 2;
+  Random random(2);
+  for (const auto& [m, n, k] : {Shape{1, 150, 200}, Shape{16, 40, 1000}}) {
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      for (const int32_t bits : {1, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, n, k);
+      for (const Grid grid : {kInt4Grid, kGauss4Grid}) check_weight_only(random, grid, Layout::kPacked, dtype, m, n, k);
+    }
+  }
+}
+
+// Tiles of 64 and 16 rows, whose blocks share K: in clusters of 4, 2 and 1, with rows for all of them and for some.
+TEST(Emulated, SplitK) {
+  emulated::multiprocessors = 8;
+  Random random(3);
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{130, 2048}, {40, 1024}, {64, 256}}) {
+    const Matrix w8(random, kInt8Grid, Layout::kCodes, n, k), w4(random, kInt4Grid, Layout::kPacked, n, k);
+    const Matrix w2(random, kInt2Grid, Layout::kPlanes, n, 8 * k);
+    for (const int64_t m : {17, 64}) {
+      ASSERT_EQ(plan_wgmma(GemmFamily::kInt4, m, n, k, emulated::multiprocessors).block_m, 64);
+      check_product(kInt4, Matrix(random, kInt4Grid, Layout::kCodes, m, k), w4, m, n, k);
+      check_product(kInt8, Matrix(random, kInt8Grid, Layout::kValues, m, k), w8, m, n, k, DType::kBFloat16);
+    }
+    check_product(kPlanes, Matrix(random, kInt2Grid, Layout::kPlanes, 3, 8 * k), w2, 3, n, 8 * k);
+  }
+}
+
+// Tiles of 128 rows, and of 256 in clusters of two blocks, several a block; y by the copy engine and by single elements.
+TEST(Emulated, LargeTiles) {
+  Random random(4);
+  for (const auto& [multiprocessors, s] : {std::pair{2, Shape{257, 520, 208}}, std::pair{4, Shape{200, 264, 144}}}) {
+    emulated::multiprocessors = multiprocessors;
+    const Matrix a(random, kInt4Grid, Layout::kCodes, s.m, s.k), w(random, kInt4Grid, Layout::kPacked, s.n, s.k);
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) check_product(kInt4, a, w, s.m, s.n, s.k, dtype);
+    const Matrix a2(random, kInt2Grid, Layout::kPlanes, s.m, s.k), w2(random, kInt2Grid, Layout::kPlanes, s.n, s.k);
+    check_product(kPlanes, a2, w2, s.m, s.n, s.k, DType::kBFloat16);
+    const Matrix even_odd(random, kInt4Grid, Layout::kEvenOdd, s.m, s.k);
+    const Matrix sparse(random, kInt4Grid, Layout::kPacked, s.n, s.k, Fill::kRandom, true);
+    check_product(kSparse, even_odd, sparse, s.m, s.n, s.k, DType::kFloat16);
+  }
+}
+
+// Rows of w that stay in shared memory, and then the next; a ring of a with more stages than a row has chunks, and with fewer.
+TEST(Emulated, BitsThatStay) {
+  emulated::multiprocessors = 2;
+  Random random(5);
+  for (const Shape& s : {Shape{130, 544, 2064}, Shape{200, 288, 10000}}) {
+    const Matrix a(random, kInt1Grid, Layout::kPlanes, s.m, s.k), w(random, kInt1Grid, Layout::kPlanes, s.n, s.k);
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) check_product(kPlanes, a, w, s.m, s.n, s.k, dtype);
+  }
+}
+
+}  // namespace
+}  // namespace quest::testing
