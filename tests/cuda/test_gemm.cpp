@@ -14,6 +14,7 @@ using testing::check_product;
 using testing::check_weight_only;
 using testing::error_text;
 using testing::Fill;
+using testing::GpuGemm;
 using testing::kInt4;
 using testing::kInt8;
 using testing::kPlanes;
