@@ -99,7 +99,8 @@ quest::GemmFamily parse_family(const std::string& text) {
   for (GemmFamily family : {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes, GemmFamily::kSparse, GemmFamily::kWeightOnly}) {
     if (to_string(family) == text) return family;
   }
-  throw quest::Error(quest::concat("plan_tile: expected family int8, int4, planes, sparse or weight_only, got \"", text, "\""));
+  throw quest::Error(quest::concat(
+      "plan_tile: expected family int8, int4, planes, bits (planes of one bit each), sparse or weight_only, got \"", text, "\""));
 }
 
 py::dict plan_operands(const std::string& w_grid, const std::optional<std::string>& a_grid, const std::string& sparsity,
@@ -119,7 +120,8 @@ py::dict plan_operands(const std::string& w_grid, const std::optional<std::strin
 }
 
 py::dict plan_tile(const std::string& family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
-  const quest::GemmTile tile = quest::plan_tile(parse_family(family), m, n, k, compute_capability, sm_count);
+  const quest::GemmTile tile = family == "bits" ? quest::plan_bits(m, n, k, compute_capability, sm_count)
+                                                : quest::plan_tile(parse_family(family), m, n, k, compute_capability, sm_count);
   py::dict result;
   result["kernel"] = tile.kernel;
   result["wgmma"] = tile.wgmma;

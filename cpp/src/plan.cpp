@@ -4,6 +4,7 @@
 
 #include "quest/check.h"
 #include "quest/grid.h"
+#include "quest/packing.h"
 
 namespace quest {
 namespace {
@@ -34,6 +35,11 @@ constexpr TileRow kWgmma64 = {64, 128, "wgmma_m64n128",
                               "few rows: bound by the bytes of w, which are read once; thread blocks of a cluster share K"};
 constexpr TileRow kWgmma16 = {16, 128, "wgmma_m16n128",
                               "at most 16 rows: bound by the bytes of w, which are read once; thread blocks of a cluster share K"};
+constexpr TileRow kStationary256 = {kStationaryM, 256, "stationary_n256",
+                                    "one plane each: rows of w stay in shared memory, one warpgroup multiplies while the other writes y"};
+constexpr TileRow kStationary128 = {kStationaryM, 128, "stationary_n128",
+                                    "one plane each: rows of w stay in shared memory, 256 of them and enough stages of a do not fit"};
+constexpr int64_t kHopperSharedBytes = 227 * 1024, kFewestStages = 4;
 // Time of a tile of 128 rows, in that of one of 256: it copies more bytes for each product and hides less latency (measured on an H100).
 constexpr double kWgmma128Time = 0.7;
 constexpr int32_t kMaxSplit = 4;         // splits of 8 took longer than their shorter loops saved: 16 x 4096 x 4096 on an H100
@@ -157,6 +163,29 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
   const double time_256 = static_cast<double>(waves(tiles(pairs, m, n), std::max(1, sm_count / pair)));
   const double time_128 = kWgmma128Time * static_cast<double>(waves(tiles(kWgmma128, m, n), sm_count));
   return time_128 < time_256 ? tile(kWgmma128, 1, 1) : tile(kWgmma256, pair, 1);
+}
+
+bool is_stationary(const GemmTile& tile) { return tile.kernel == kStationary256.kernel || tile.kernel == kStationary128.kernel; }
+
+int64_t stationary_chunks(int64_t k) { return (plane_row_bytes(k) + kStationaryRowBytes - 1) / kStationaryRowBytes; }
+
+int64_t stationary_stages(int32_t block_n, int64_t k) {
+  const int64_t chunks = stationary_chunks(k);
+  const int64_t room = kHopperSharedBytes - stationary_other_bytes(block_n) - chunks * block_n * kStationaryRowBytes;
+  if (chunks > kStationaryMostChunks || room < 0) return 0;
+  return std::min<int64_t>(room / (kStationaryM * kStationaryRowBytes), kStationaryMostStages);
+}
+
+GemmTile plan_bits(int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
+  if (plan_skinny(GemmFamily::kInt8, m, n, k, compute_capability, sm_count)) return skinny_tile(m);
+  if (compute_capability == kHopper && m > kWgmma64.block_m && n % kStationarySpan == 0 && k > 0) {
+    for (const TileRow& row : {kStationary256, kStationary128}) {
+      if (stationary_stages(row.block_n, k) >= kFewestStages) {
+        return {row.kernel, true, row.block_m, row.block_n, 8 * kStationaryRowBytes, 1, 1, row.reason};
+      }
+    }
+  }
+  return plan_tile(GemmFamily::kPlanes, m, n, k, compute_capability, sm_count);
 }
 
 int32_t plan_skinny_rows(GemmFamily family, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {

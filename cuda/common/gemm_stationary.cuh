@@ -21,6 +21,7 @@
 #include "common/epilogue.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma_epilogue.cuh"
+#include "quest/plan.h"
 
 namespace quest::cuda {
 
@@ -33,30 +34,22 @@ struct StationaryProblem {
 
 template <int BLOCK_N_>
 struct StationaryTile {
-  static constexpr int BLOCK_M = 64, BLOCK_N = BLOCK_N_;
+  static constexpr int BLOCK_M = kStationaryM, BLOCK_N = BLOCK_N_;
   static constexpr int THREADS = (1 + kMultipliers) * kWarpgroup, WARPS = kWarpgroup / 32;
-  static constexpr int ROW_BYTES = 128;  // of a chunk and a stage: what the 128-byte swizzle covers
+  static constexpr int ROW_BYTES = kStationaryRowBytes;  // of a chunk and a stage: what the 128-byte swizzle covers
   static constexpr int INSTRUCTIONS = ROW_BYTES / 32;
   static constexpr int CHUNK_BYTES = BLOCK_N * ROW_BYTES, STAGE_BYTES = BLOCK_M * ROW_BYTES;
-  static constexpr int SPAN = 32;  // columns of y that the order of rows of w works in
-  static constexpr int MOST_CHUNKS = 16, MOST_STAGES = 16, FEWEST_STAGES = 4;
+  static constexpr int SPAN = kStationarySpan;  // columns of y that the order of rows of w works in
+  static constexpr int MOST_CHUNKS = kStationaryMostChunks, MOST_STAGES = kStationaryMostStages;
   static constexpr int COPIER_REGISTERS = 40, MULTIPLIER_REGISTERS = 232;
 
   struct Columns {           // of a warpgroup, for its columns of y, in the order of the tile
     uint2 factors[BLOCK_N];  // scale, part
     float bias[BLOCK_N];
   };
-  static constexpr int OTHER_BYTES = kMultipliers * static_cast<int>(sizeof(Columns)) + 2 * (MOST_CHUNKS + MOST_STAGES) * 8;
+  static constexpr int OTHER_BYTES = static_cast<int>(stationary_other_bytes(BLOCK_N));
+  static_assert(OTHER_BYTES == kMultipliers * static_cast<int>(sizeof(Columns)) + 2 * (MOST_CHUNKS + MOST_STAGES) * 8, "as planned");
 
-  static constexpr int64_t chunks(int64_t row_bytes) { return (row_bytes + ROW_BYTES - 1) / ROW_BYTES; }
-  static int64_t stages(int64_t chunks, int64_t shared_bytes) {
-    return std::min<int64_t>((shared_bytes - OTHER_BYTES - chunks * CHUNK_BYTES) / STAGE_BYTES, MOST_STAGES);
-  }
-  // Whether this kernel takes the product.
-  static bool takes(const Output& output, int64_t row_bytes, int64_t shared_bytes) {
-    return output.vectorized && output.n % SPAN == 0 && chunks(row_bytes) <= MOST_CHUNKS &&
-           stages(chunks(row_bytes), shared_bytes) >= FEWEST_STAGES;
-  }
   // The column of row `r` of the tile.
   static __device__ __forceinline__ int column(int r) { return r / SPAN * SPAN + r / 2 % 4 * 8 + r / 8 % 4 * 2 + r % 2; }
 };
@@ -288,8 +281,8 @@ template <typename Mma, typename Tile>
 void launch_stationary(const char* op, const Operand& a, const Operand& w, const IntegerEpilogue& epilogue, int64_t k, const Device& device,
                        cudaStream_t stream) {
   const int64_t m = epilogue.output.m, n = epilogue.output.n, row_bytes = plane_row_bytes(k);
-  const int64_t chunks = Tile::chunks(row_bytes), stages = Tile::stages(chunks, device.shared_bytes);
-  check(Tile::takes(epilogue.output, row_bytes, device.shared_bytes), op, ": a kernel that does not take n = ", n, ", k = ", k);
+  const int64_t chunks = stationary_chunks(k), stages = stationary_stages(Tile::BLOCK_N, k);
+  check(stages > 0 && n % Tile::SPAN == 0, op, ": a kernel that does not take n = ", n, ", k = ", k);
   constexpr int64_t kMost = INT32_MAX - 256;  // room for the rows and columns of the last tile that y does not have
   check(m <= kMost && n <= kMost, op, ": expected m, n <= ", kMost, ", got ", m, ", ", n, "; split the rows");
   StationaryProblem problem{};

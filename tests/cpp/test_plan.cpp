@@ -109,6 +109,24 @@ TEST(Plan, FewRows) {
   EXPECT_EQ(plan_operands(int4, &int4, Sparsity::kNone).a, Layout::kCodes);
 }
 
+TEST(Plan, BitsThatStay) {
+  auto kernel = [](int64_t m, int64_t n, int64_t k, int32_t capability = 90) {
+    return std::string(plan_bits(m, n, k, capability, 132).kernel);
+  };
+  EXPECT_EQ(kernel(16, 4096, 4096), "skinny");
+  EXPECT_EQ(kernel(64, 4096, 4096), "wgmma_m64n128");
+  EXPECT_EQ(kernel(4096, 4096, 4096), "stationary_n256");
+  EXPECT_EQ(kernel(4096, 4096, 11008), "stationary_n128");  // 11 chunks of 128 rows, and 5 stages
+  EXPECT_EQ(kernel(4096, 4096, 11265), "wgmma_m256n128");   // 3 stages
+  EXPECT_EQ(kernel(4096, 4080, 4096), "wgmma_m256n128");    // no whole spans of 32 columns
+  EXPECT_EQ(kernel(4096, 4096, 4096, 80), "m128n128");
+  EXPECT_EQ(stationary_stages(256, 4096), 11);
+  EXPECT_EQ(stationary_stages(128, 11008), 5);
+  EXPECT_EQ(stationary_stages(256, 11008), 0);
+  EXPECT_TRUE(is_stationary(plan_bits(4096, 4096, 11008, 90, 132)));
+  EXPECT_FALSE(is_stationary(plan_bits(64, 4096, 4096, 90, 132)));
+}
+
 TEST(Plan, WgmmaOnHopperAlone) {
   for (const GemmFamily family : {GemmFamily::kInt8, GemmFamily::kInt4, GemmFamily::kPlanes, GemmFamily::kSparse}) {
     for (const int64_t m : {65, 4096}) {

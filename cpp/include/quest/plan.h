@@ -41,6 +41,21 @@ struct GemmTile {
 GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count);
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
+// The product of one plane each, which has two kernels of its own: that for few rows, and one whose rows of w stay in shared memory
+// (results in rows that start at multiples of 16 bytes; others get plan_wgmma's tile).
+GemmTile plan_bits(int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
+bool is_stationary(const GemmTile& tile);
+
+// The second of them keeps block_n rows of w whole, in chunks of 128 bytes, beside a ring of stages of 64 rows of a.
+constexpr int32_t kStationaryM = 64, kStationarySpan = 32, kStationaryRowBytes = 128;
+constexpr int32_t kStationaryMostChunks = 16, kStationaryMostStages = 16;
+// Of shared memory: two warpgroups' factors of the columns, 12 bytes each, and two barriers a chunk and a stage.
+constexpr int64_t stationary_other_bytes(int32_t block_n) {
+  return int64_t{2} * 12 * block_n + 2 * (kStationaryMostChunks + kStationaryMostStages) * 8;
+}
+int64_t stationary_chunks(int64_t k);
+int64_t stationary_stages(int32_t block_n, int64_t k);  // what the shared memory of Hopper has room for, 0 without room for w
+
 // Rows of a that the kernel for few rows takes at once, and whether it takes a product. kInt4: of packed rows of a; of bytes, and for 1-bit
 // products, those of kInt8.
 constexpr int32_t kSkinnyMostRows = 64;
