@@ -19,7 +19,7 @@
 #include <type_traits>
 
 #include "common/epilogue.cuh"
-#include "common/tensor_map.h"
+#include "common/matrix_map.h"
 #include "common/wgmma_epilogue.cuh"
 #include "quest/plan.h"
 

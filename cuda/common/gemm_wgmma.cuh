@@ -24,6 +24,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/matrix_map.h"
 #include "common/steps.cuh"
 #include "common/wgmma_epilogue.cuh"
 #include "common/wgmma_products.h"

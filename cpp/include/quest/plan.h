@@ -20,11 +20,11 @@ struct GemmOperands {
   Layout w;  // layout of the stored weight
   const char* reason;
 };
-// activation: nullptr for weight-only. sparsity: of the weight. shape: of the product; where it is given, the activation's layout is the
-// one for so many rows on a Hopper GPU.
 struct GemmShape {
   int64_t m, n, k;
 };
+// activation: nullptr for weight-only. sparsity: of the weight. shape: of the product; where it is given, the activation's layout is the
+// one for so many rows on a Hopper GPU.
 GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity, const GemmShape* shape = nullptr);
 
 // The CUDA kernel variant and tile for one problem.

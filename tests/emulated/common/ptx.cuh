@@ -108,15 +108,19 @@ uint32_t fused_pair(uint32_t a, uint32_t b, uint32_t c, Convert convert, Pack pa
   return pack(half(0), half(16));
 }
 
+template <typename Convert>
+float product_of_pairs(uint32_t a, uint32_t b, Convert convert) {
+  auto value = [&](uint32_t bits) { return convert(static_cast<uint16_t>(bits)); };
+  return value(a) * value(b) + value(a >> 16) * value(b >> 16);
+}
+
 struct MmaBFloat16 {
   using Accumulator = float;
   static constexpr uint32_t kOne = 0x3F803F80u, kShift = 0x43004300u, kMinusShift = 0xC300C300u, kExponentStep = 0x00800080u;
   static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fused_pair(a, b, c, bfloat16_to_float, pack_bfloat16); }
   static uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    multiply(d, a, b0, b1, [](uint32_t x, uint32_t y) {
-      return bfloat16_to_float(x & 0xFFFFu) * bfloat16_to_float(y & 0xFFFFu) + bfloat16_to_float(x >> 16) * bfloat16_to_float(y >> 16);
-    });
+    multiply(d, a, b0, b1, [](uint32_t x, uint32_t y) { return product_of_pairs(x, y, bfloat16_to_float); });
   }
 };
 
@@ -126,10 +130,7 @@ struct MmaFloat16 {
   static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fused_pair(a, b, c, float16_to_float, pack_float16); }
   static uint32_t pack(float low, float high) { return pack_float16(low, high); }
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    multiply(d, a, b0, b1, [](uint32_t x, uint32_t y) {
-      auto value = [](uint32_t bits) { return float16_to_float(static_cast<uint16_t>(bits)); };
-      return value(x) * value(y) + value(x >> 16) * value(y >> 16);
-    });
+    multiply(d, a, b0, b1, [](uint32_t x, uint32_t y) { return product_of_pairs(x, y, float16_to_float); });
   }
 };
 

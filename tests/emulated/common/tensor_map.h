@@ -45,15 +45,4 @@ CUtensorMap tensor_map(const char* op, CUtensorMapDataType, const void* base, co
   return map;
 }
 
-struct Box {
-  uint32_t columns, rows;
-  CUtensorMapSwizzle swizzle;
-};
-
-inline CUtensorMap matrix_map(const char* op, CUtensorMapDataType type, int64_t bytes, const void* base, int64_t columns, int64_t rows,
-                              int64_t planes, int64_t row_bytes, Box box) {
-  return tensor_map(op, type, base, {{columns, bytes, box.columns}, {rows, row_bytes, box.rows}, {planes, row_bytes * rows, 1}},
-                    box.swizzle);
-}
-
 }  // namespace quest::cuda
