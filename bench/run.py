@@ -276,6 +276,8 @@ def codes_of(stored: Tensor, bits: int, layout: str, k: int, rows: Tensor) -> Te
         return (stored[rows].long() + (1 << bits) - 1) // 2
     if layout == "codes":
         return stored[rows].long()
+    if layout == "even_odd":
+        return stored[rows].long().unflatten(-1, (-1, 2, 32)).transpose(-1, -2).flatten(-3)[:, :k]
     chosen = stored[:, rows].contiguous() if layout == "planes" else stored[rows]
     codes: Tensor = torch.ops.quest.unpack(chosen, f"int{bits}", layout, k)
     return codes.long()

@@ -206,7 +206,7 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
   check_shape(op, m, n, k);
   check_operand(op, "a", a);
   check_operand(op, "w", w);
-  if (a.layout != Layout::kCodes) check_layout(op, "a", a, Layout::kPacked, Layout::kValues);
+  if (a.layout != Layout::kCodes && a.layout != Layout::kEvenOdd) check_layout(op, "a", a, Layout::kPacked, Layout::kValues);
   check_layout(op, "w", w, Layout::kPacked, Layout::kPacked);
   check_index(op, w, false);
   check_gemm_depth(op, a.grid, w.grid, k);

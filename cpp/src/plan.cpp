@@ -47,8 +47,9 @@ constexpr int32_t kMinStages = 4;        // stages a thread block takes at least
 constexpr int32_t kSplitBlocksOfSm = 2;  // thread blocks that a multiprocessor holds of the split kernels
 
 // Rows of packed codes up to which the kernel for few rows is faster than wgmma on Hopper: its warps unpack a for themselves. Where its
-// thread blocks make few tiles, wgmma has to split K, and is slower up to kSkinnyMostRows. (Elsewhere more than 16 rows are not measured.)
-constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32, kSkinnyFewTiles = 3;
+// thread blocks make few tiles of not too many columns, wgmma has to split K, and is slower up to kSkinnyMostRows. (Elsewhere more than 16
+// rows are not measured.)
+constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32, kSkinnyFewTiles = 3, kSkinnyFewColumns = 8192;
 constexpr int32_t kHopper = 90, kHopperMultiprocessors = 132;
 
 // Shared memory that a thread block can have beside the 42 KB of the skinny kernel's own.
@@ -115,17 +116,23 @@ GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsit
     return {GemmFamily::kPlanes, Layout::kPlanes, Layout::kPlanes, "at most 6 pairs of planes: 1-bit products are faster than int8 ones"};
   }
   // Codes, which are never negative, rather than values: the sums then seldom change sign, and a GPU that is out of power runs 10 % faster.
-  // An fp4 row has values but no sum of codes to correct by; codes of 8 bits are no int8.
-  const bool codes = activation->kind != GridKind::kFp4 && weight.kind != GridKind::kFp4 && activation->bits < 8;
-  const Layout bytes = codes ? Layout::kCodes : Layout::kValues;
+  // An fp4 row has values but no sum of codes to correct by.
+  const bool codes = activation->kind != GridKind::kFp4 && weight.kind != GridKind::kFp4;
   if (weight.bits <= 4) {
-    if (codes && activation->bits <= 4 && shape != nullptr &&
-        plan_skinny(GemmFamily::kInt4, shape->m, shape->n, shape->k, kHopper, kHopperMultiprocessors)) {
-      return {GemmFamily::kInt4, Layout::kPacked, Layout::kPacked,
-              "few rows: every warp reads its part of a for itself, and packed it is half as much"};
+    const bool packs = codes && activation->bits <= 4;
+    const GemmFamily few = packs ? GemmFamily::kInt4 : GemmFamily::kInt8;
+    if (shape != nullptr && plan_skinny(few, shape->m, shape->n, shape->k, kHopper, kHopperMultiprocessors)) {
+      return packs ? GemmOperands{GemmFamily::kInt4, Layout::kPacked, Layout::kPacked,
+                                  "few rows: every warp reads its part of a for itself, and packed it is half as much"}
+                   : GemmOperands{GemmFamily::kInt4, Layout::kValues, Layout::kPacked,
+                                  "few rows: every warp widens its part of w for itself"};
     }
-    return {GemmFamily::kInt4, bytes, Layout::kPacked, "4-bit weights stay packed, and are widened to bytes on the way"};
+    if (!codes) return {GemmFamily::kInt4, Layout::kValues, Layout::kPacked, "fp4 codes are no affine map of their values: w by table"};
+    return {GemmFamily::kInt4, Layout::kEvenOdd, Layout::kPacked,
+            "4-bit weights stay packed: the low and the high halves of their bytes meet the even and the odd columns of a"};
   }
+  // Codes of 8 bits are no int8.
+  const Layout bytes = codes && activation->bits < 8 ? Layout::kCodes : Layout::kValues;
   return {GemmFamily::kInt8, bytes, Layout::kCodes, "more than 4 bits: one byte an element on both sides"};
 }
 
@@ -154,7 +161,9 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
     const TileRow& row = fewest ? kWgmma16 : kWgmma64;
     const int64_t stages = (k + block_k - 1) / block_k;
     int32_t split = 1;
-    while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages && 2 * split * tiles(row, m, n) <= kSplitBlocksOfSm * sm_count) {
+    while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages) {
+      const int64_t room = kSplitBlocksOfSm * (split == 1 ? sm_count : sm_count / 12 * 10);  // clusters of 4 find less of it
+      if (2 * split * tiles(row, m, n) > room) break;
       split *= 2;
     }
     return tile(row, 1, split);
@@ -191,7 +200,8 @@ GemmTile plan_bits(int64_t m, int64_t n, int64_t k, int32_t compute_capability, 
 int32_t plan_skinny_rows(GemmFamily family, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
   if (k == 0) return 0;
   if (family == GemmFamily::kInt4 && compute_capability == kHopper) {
-    return n <= int64_t{kSkinnyFewTiles} * kSkinny.block_n * sm_count ? kSkinnyMostRows : kSkinnyNibbleRows;
+    const bool few_tiles = n <= int64_t{kSkinnyFewTiles} * kSkinny.block_n * sm_count && k <= kSkinnyFewColumns;
+    return few_tiles ? kSkinnyMostRows : kSkinnyNibbleRows;
   }
   if (family == GemmFamily::kInt4 || family == GemmFamily::kInt8) return kSkinnyRows;
   if (family != GemmFamily::kWeightOnly) return 0;
@@ -214,7 +224,8 @@ GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count
 bool plan_native_int4(Layout a_layout, Grid a, Grid w, int32_t compute_capability) {
   // An fp4 code is no affine map of its value; values need more than 4 bits (int4: odd numbers up to 15).
   auto is_nibble = [](Grid grid) { return grid.bits <= 4 && has_values(grid) && grid.kind != GridKind::kFp4; };
-  return compute_capability / 10 == 8 && (a_layout == Layout::kPacked || a_layout == Layout::kCodes) && is_nibble(a) && is_nibble(w);
+  return compute_capability / 10 == 8 && (a_layout == Layout::kPacked || a_layout == Layout::kCodes || a_layout == Layout::kEvenOdd) &&
+         is_nibble(a) && is_nibble(w);
 }
 
 }  // namespace quest

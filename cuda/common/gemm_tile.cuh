@@ -92,8 +92,18 @@ class NibbleLoader {
     for (int i = 0; i < kLoads; ++i) {
       const uint2 x = source_.widen(fetched_[i].x), y = source_.widen(fetched_[i].y);
       const uint2 z = source_.widen(fetched_[i].z), w = source_.widen(fetched_[i].w);
-      *reinterpret_cast<uint4*>(target + tile_offset(row(i), piece)) = make_uint4(x.x, x.y, y.x, y.y);
-      *reinterpret_cast<uint4*>(target + tile_offset(row(i), piece + 1)) = make_uint4(z.x, z.y, w.x, w.y);
+      auto store = [&](int place, uint4 words) { *reinterpret_cast<uint4*>(target + tile_offset(row(i), place)) = words; };
+      if (source_.even_odd) {
+        auto every_second = [&](uint32_t bytes) {
+          return make_uint4(__byte_perm(x.x, x.y, bytes), __byte_perm(y.x, y.y, bytes), __byte_perm(z.x, z.y, bytes),
+                            __byte_perm(w.x, w.y, bytes));
+        };
+        store(piece / 2, every_second(0x6420));
+        store(piece / 2 + 2, every_second(0x7531));
+      } else {
+        store(piece, make_uint4(x.x, x.y, y.x, y.y));
+        store(piece + 1, make_uint4(z.x, z.y, w.x, w.y));
+      }
     }
   }
 
@@ -117,7 +127,10 @@ class NarrowingLoader {
     const int64_t byte = static_cast<int64_t>(k_tile) * (2 * kTileRowBytes) + column() * 16;
     if (source_.vectorized) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) fetched_[i] = source_.load(0, first_row_ + row(i), byte);
+      for (int i = 0; i < kLoads; ++i) {
+        const int64_t r = first_row_ + row(i);
+        fetched_[i] = source_.even_odd ? load_even_odd_16(r, byte / 16) : source_.load(0, r, byte);
+      }
     } else {
 #pragma unroll 1
       for (int i = 0; i < kLoads; ++i) store(target, i, source_.load(0, first_row_ + row(i), byte));
@@ -134,6 +147,13 @@ class NarrowingLoader {
   static constexpr int kLoads = ROWS * 8 / kTileThreads;
   static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % 8; }
   static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) / 8 + i * (kTileThreads / 8); }
+  // Chunks 2 piece and 2 piece + 1 of a row in kEvenOdd's order, whose rows are padded.
+  __device__ __forceinline__ uint4 load_even_odd_16(int64_t r, int64_t piece) const {
+    if (!source_.contains(r, piece * 16)) return make_uint4(0, 0, 0, 0);
+    const uint8_t* const codes = source_.address(0, r, 0);
+    const uint2 first = load_even_odd(codes, 2 * piece), second = load_even_odd(codes, 2 * piece + 1);
+    return make_uint4(first.x, first.y, second.x, second.y);
+  }
   static __device__ __forceinline__ void store(uint8_t* target, int i, uint4 codes) {
     *reinterpret_cast<uint2*>(target + tile_offset(row(i), column() / 2) + column() % 2 * 8) =
         make_uint2(codes_to_nibbles(make_uint2(codes.x, codes.y)), codes_to_nibbles(make_uint2(codes.z, codes.w)));
@@ -141,7 +161,7 @@ class NarrowingLoader {
 
   const ByteRows& source_;
   int64_t first_row_;
-  uint4 fetched_[kLoads];
+  uint4 fetched_[kLoads] = {};
 };
 
 // Sum of the 64 int8 of a tile row.

@@ -27,6 +27,7 @@ struct ByteRows {
   bool looks_up;    // convert: by table, else mul byte + add, modulo 256, mul 1 or 2
   uint32_t mul, add;
   uint4 table;
+  bool even_odd;  // NarrowingLoader: the order of kEvenOdd
 
   __device__ __forceinline__ bool copies() const { return vectorized && !converts; }
 
@@ -76,6 +77,7 @@ struct NibbleRows {
   int64_t rows, row_bytes;
   bool looks_up;
   uint4 table;
+  bool even_odd;  // what is widened has the order of kEvenOdd
 
   // 32 codes.
   __device__ __forceinline__ uint4 load(int64_t row, int64_t byte) const {
@@ -150,7 +152,7 @@ inline ByteRows byte_rows(const Operand& operand, int64_t rows, int64_t k) {
 
 inline NibbleRows nibble_rows(const char* op, const char* name, const Operand& operand, int64_t rows, int64_t k, bool looks_up) {
   check_aligned(op, name, operand.data);
-  return {static_cast<const uint8_t*>(operand.data), rows, packed_row_bytes(k), looks_up, value_table(operand.grid)};
+  return {static_cast<const uint8_t*>(operand.data), rows, packed_row_bytes(k), looks_up, value_table(operand.grid), false};
 }
 
 inline SparseRows sparse_rows(const char* op, const Operand& operand, int64_t rows, int64_t k, bool even_odd) {

@@ -100,6 +100,12 @@ __device__ __forceinline__ uint32_t load_shared_16(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
 __device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
   uint2 words;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address) : "memory");

@@ -11,6 +11,8 @@ struct Steps {
   int a_planes, w_planes;
 
   __device__ __forceinline__ int count() const { return k_tiles * a_planes * w_planes; }
+  // Of the pairs with i + j = sum.
+  __device__ __forceinline__ int count_of(int sum) const { return k_tiles * (min(sum, a_planes - 1) - max(sum - w_planes + 1, 0) + 1); }
 };
 
 class StepCursor {

@@ -8,7 +8,7 @@
 //       sparse: two of every four bytes are kept, 64 K bytes in 32; word 4 holds their places, two bits each, the lower ones first, of 32
 //       of the 64 bytes: of the first half in lanes of t = 0 (row 16w + g) and t = 1 (row + 8), of the second in t = 2 and 3
 //   d   words 4j ... 4j + 3: columns 8j + 2t and 8j + 2t + 1 of row 16w + g, then of row + 8
-// Elements: int8 (32 products; sparse: 64, b is uint8), or bits with and.popc (256; xor is refused on Hopper).
+// Elements: int8 or uint8 (32 products; sparse: 64, a is int8, b uint8), or bits with and.popc (256; xor is refused on Hopper).
 //
 // Between wgmma_fence() and the wait the registers belong to the tensor cores.
 #pragma once
@@ -101,6 +101,13 @@ struct WgmmaInt8 {
   static constexpr bool kPlanes = false;
   static constexpr int kWords = 4, kBytes = 32;
   QUEST_WGMMA_FAMILY("k32", ".s32.s8.s8", )
+};
+
+// Bytes that are never negative, up to 255.
+struct WgmmaUnsigned {
+  static constexpr bool kPlanes = false;
+  static constexpr int kWords = 4, kBytes = 32;
+  QUEST_WGMMA_FAMILY("k32", ".s32.u8.u8", )
 };
 
 struct WgmmaSparseInt8 {

@@ -1,13 +1,11 @@
-// From the accumulators of a warpgroup to its BLOCK_M x 64 of y.
+// From the accumulators of a warpgroup to its 64 columns of y.
 //
-// The accumulators hold y transposed: a thread has two columns and a pair of rows in every 8. They become pieces of 64 rows in shared
+// The accumulators hold y transposed: a thread has two columns and a pair of rows in every 8. They become pieces of some rows in shared
 // memory, transposed on the way by stmatrix, which the copy engine writes to y. Where it cannot (float32, or rows that do not start at
 // multiples of 16 bytes), threads store single elements.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "common/epilogue.cuh"
 #include "common/tensor_map.h"
@@ -19,27 +17,22 @@ inline constexpr int kWarpgroup = 128;
 inline constexpr int kMultipliers = 2;  // warpgroups
 inline constexpr int kWarpgroupColumns = 64;
 inline constexpr int kStoreRowBytes = 2 * kWarpgroupColumns;
-inline constexpr int kStoreRows = 64;
 
 // Of this thread in its block: the same in all lanes, and the compiler is to know, so that what follows from it (descriptors of operands
 // above all) is reckoned once a warp and needs no vector registers.
 __device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpgroup, 0); }
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) % kWarpgroup / 32, 0); }
 
-// ---- named barriers: of both warpgroups, of one, of the pieces of y, and of whose turn it is
+// ---- named barriers: of both warpgroups, of one, and of whose turn it is
 
-inline constexpr int kBothBarrier = 1, kPieceBarriers = 4;
+inline constexpr int kBothBarrier = 1;
 __device__ __forceinline__ int group_barrier(int group) { return 2 + group; }
-__device__ __forceinline__ int piece_barrier(int group, int piece) { return 2 + kMultipliers + group * kPieceBarriers + piece; }
-__device__ __forceinline__ int turn_barrier(int group) { return 2 + kMultipliers * (1 + kPieceBarriers) + group; }
+__device__ __forceinline__ int turn_barrier(int group) { return 2 + kMultipliers + group; }
 
-// The pieces of a warpgroup's tile, and how many of them have a buffer of their own.
-template <int BLOCK_M_, int BUFFERS_>
-struct Pieces {
-  static constexpr int BLOCK_M = BLOCK_M_;
-  static constexpr int ROWS = std::min(BLOCK_M, kStoreRows), COUNT = BLOCK_M / ROWS;
-  static constexpr int BUFFERS = std::min(COUNT, BUFFERS_);
-  static constexpr int BYTES = ROWS * kStoreRowBytes;  // of a piece
-  static_assert(COUNT <= kPieceBarriers, "a barrier for each piece");
+template <int ROWS_>
+struct OutputPiece {
+  static constexpr int ROWS = ROWS_, BYTES = ROWS * kStoreRowBytes;
+  static_assert(ROWS % 16 == 0, "two matrices of stmatrix");
 };
 
 struct TileOutput {
@@ -116,73 +109,13 @@ class ColumnLoads {
   int32_t sum_[2];
 };
 
-// A warpgroup's tile by the copy engine. Where each piece has a buffer, no warp but the one that starts the copies waits for the others
-// after the first.
-template <typename Piece, bool BFLOAT16>
-__device__ __forceinline__ void store_pieces(const int32_t (&accumulators)[Piece::BLOCK_M / 2], uint32_t mul, const RowFactors* factors,
-                                             const ColumnFactors& column, uint8_t* buffers, const CUtensorMap* y_map, int first_m,
-                                             int first_n, int group) {
-  const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = threadIdx.x % 32;
-  const int row_in_matrix = lane / 16 * 8 + lane % 8;
-  const int target = row_in_matrix * kStoreRowBytes + ((warp * 2 + lane / 8 % 2) ^ (row_in_matrix & 7)) * 16;
-  auto value = [&](int index, float scale, uint32_t part, int i) {
-    const uint32_t sum = mul * static_cast<uint32_t>(accumulators[index]) + part + column.part[i];
-    return scaled(static_cast<float>(static_cast<int32_t>(sum)), scale, column.scale[i], column.bias[i]);
-  };
-#pragma unroll
-  for (int piece = 0; piece < Piece::COUNT; ++piece) {
-    const int first = piece * Piece::ROWS;
-    uint8_t* const buffer = buffers + piece % Piece::BUFFERS * Piece::BYTES;
-    if (piece == 0 || piece >= Piece::BUFFERS) {
-      if (thread == 0) {
-        if (piece == 0) {
-          bulk_wait_read<0>();  // all buffers: the copies of the tile before have had its successor's main loop to end
-        } else {
-          bulk_wait_read<Piece::BUFFERS - 1>();
-        }
-      }
-      named_barrier(group_barrier(group), kWarpgroup);  // the buffer is free; before the first piece: the factors are there
-    }
-    uint4 pairs[Piece::ROWS / 8];  // the factors of this thread's two rows in every 8
-#pragma unroll
-    for (int j = 0; j < Piece::ROWS / 8; ++j) pairs[j] = *reinterpret_cast<const uint4*>(factors + first + j * 8 + lane % 4 * 2);
-#pragma unroll
-    for (int j = 0; j < Piece::ROWS; j += 16) {
-      uint32_t words[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 pair = pairs[j / 8 + half];
-        const int index = (first + j + half * 8) / 2;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float low = value(index + 2 * i, __uint_as_float(pair.x), pair.y, i);
-          const float high = value(index + 2 * i + 1, __uint_as_float(pair.z), pair.w, i);
-          words[half * 2 + i] = BFLOAT16 ? pack_bfloat16(low, high) : pack_float16(low, high);
-        }
-      }
-      stmatrix_x4_transposed(buffer + target + j * kStoreRowBytes, words);
-    }
-    async_proxy_fence();
-    if (warp == 0) {
-      named_barrier(piece_barrier(group, piece), kWarpgroup);
-      if (lane == 0) {
-        tensor_store(y_map, buffer, first_n, first_m + first);
-        bulk_commit();
-      }
-      __syncwarp();
-    } else {
-      named_barrier_arrive(piece_barrier(group, piece), kWarpgroup);
-    }
-  }
-}
-
-// Group j of 8 rows of a warpgroup's tile, element by element.
+// 8 rows of a warpgroup's tile, element by element.
 __device__ __forceinline__ void store_group(const TileOutput& output, const int32_t (&accumulators)[4], const RowFactors* factors,
-                                            const ColumnFactors& column, int first_m, int first_n, int j) {
+                                            const ColumnFactors& column, int first_m, int first_n) {
   const Output& y = output.epilogue.output;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    const int row = j * 8 + threadIdx.x % 4 * 2 + c % 2, i = c / 2, n = thread_column(first_n, i);
+    const int row = threadIdx.x % 4 * 2 + c % 2, i = c / 2, n = thread_column(first_n, i);
     if (first_m + row < y.m && n < y.n) {
       const float product = output.epilogue.product(accumulators[c], factors[row].part, column.part[i]);
       store_value(y, first_m + row, n, scaled(product, factors[row].scale, column.scale[i], column.bias[i]));
@@ -190,26 +123,42 @@ __device__ __forceinline__ void store_group(const TileOutput& output, const int3
   }
 }
 
-// A warpgroup's tile of y. factors: of its rows, written by this warpgroup without a barrier since.
-template <typename Piece>
-__device__ __forceinline__ void store_tile(const TileOutput& output, const int32_t (&accumulators)[Piece::BLOCK_M / 2],
-                                           const RowFactors* factors, const ColumnFactors& column, uint8_t* buffers,
-                                           const CUtensorMap* y_map, int first_m, int first_n, int group) {
-  const Output& y = output.epilogue.output;
-  if (output.tensor_store) {
-    auto store = [&](auto bfloat16) {
-      store_pieces<Piece, bfloat16.value>(accumulators, output.epilogue.mul, factors, column, buffers, y_map, first_m, first_n, group);
-    };
-    y.dtype == DType::kBFloat16 ? store(std::true_type{}) : store(std::false_type{});
-    return;
-  }
-  named_barrier(group_barrier(group), kWarpgroup);
+// The rows from `first` on of a warpgroup's tile to a piece in shared memory. factors: of the tile's rows.
+template <typename Piece, int COUNT>
+__device__ __forceinline__ void write_piece(const TileOutput& output, const int32_t (&accumulators)[COUNT], int first,
+                                            const RowFactors* factors, const ColumnFactors& column, uint8_t* buffer) {
+  const uint32_t mul = output.epilogue.mul;
+  const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+  const int row_in_matrix = lane / 16 * 8 + lane % 8;
+  uint8_t* const target = buffer + row_in_matrix * kStoreRowBytes + ((warp * 2 + lane / 8 % 2) ^ (row_in_matrix & 7)) * 16;
+  const bool bfloat16 = output.epilogue.output.dtype == DType::kBFloat16;
 #pragma unroll
-  for (int j = 0; j < Piece::BLOCK_M / 8; ++j) {
-    const int32_t four[4] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
-    store_group(output, four, factors, column, first_m, first_n, j);
+  for (int j = 0; j < Piece::ROWS; j += 16) {
+    float low[4], high[4];  // of this thread's pair of rows: in the first 8 of its two columns, then in the second
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 pair = *reinterpret_cast<const uint4*>(factors + first + j + half * 8 + lane % 4 * 2);
+      const int index = (first + j + half * 8) / 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        auto value = [&](int32_t accumulator, uint32_t scale, uint32_t part) {
+          const uint32_t sum = mul * static_cast<uint32_t>(accumulator) + part + column.part[i];
+          return scaled(static_cast<float>(static_cast<int32_t>(sum)), __uint_as_float(scale), column.scale[i], column.bias[i]);
+        };
+        low[half * 2 + i] = value(accumulators[index + 2 * i], pair.x, pair.y);
+        high[half * 2 + i] = value(accumulators[index + 2 * i + 1], pair.z, pair.w);
+      }
+    }
+    uint32_t words[4];
+    if (bfloat16) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = pack_bfloat16(low[i], high[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = pack_float16(low[i], high[i]);
+    }
+    stmatrix_x4_transposed(target + j * kStoreRowBytes, words);
   }
-  named_barrier(group_barrier(group), kWarpgroup);  // the factors are read before the next tile's are written
 }
 
 // ---- host

@@ -1,4 +1,5 @@
-// The products on Hopper's wgmma (gemm_wgmma.cuh), as the operations call them: instantiated in kernels/gemm_*_wgmma.cu.
+// The products on Hopper's wgmma (gemm_wgmma.cuh, gemm_split.cuh, gemm_stationary.cuh), as the operations call them: instantiated in
+// kernels/gemm_*_wgmma.cu.
 //
 // Each runs the product and returns true if it can: on a GPU that has this code, for operands that the copy engine can read and whose
 // values follow from what is stored. Otherwise it does nothing and returns false.
@@ -15,7 +16,7 @@
 
 namespace quest::cuda {
 
-// a: kValues or kCodes, w: kPacked.
+// a: kEvenOdd, kValues or kCodes, w: kPacked.
 bool gemm_int4_wgmma(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                      cudaStream_t stream);
 // a, w: kValues or kCodes.

@@ -5,8 +5,8 @@
 // (Signed nibbles u = c - 8 would need a flip of every top bit, and the zeros would count as 8 * 8.)
 //
 // Hopper has no such tensor cores (they are emulated there at a few percent of the int8 rate), and fp4 and wider activations do not fit:
-// nibbles are widened to int8, in registers for few rows and on wgmma (gemm_int4_wgmma.cu), else once per tile on their way to shared
-// memory.
+// nibbles are widened to bytes, in registers for few rows and on wgmma (gemm_int4_wgmma.cu), else once per tile on their way to shared
+// memory. An activation in the order of kEvenOdd meets them as they come: the low halves of some bytes, then the high ones.
 #include "common/gemm_skinny.cuh"
 #include "common/gemm_tile.cuh"
 #include "common/wgmma_products.h"
@@ -50,7 +50,9 @@ void launch_native(const char* op, const GemmTile& tile, const Operand& a, const
   if (a.layout == Layout::kPacked) {
     launch_tile<MmaNibbles, ByteLoader, ByteLoader>(op, tile, packed_rows("a", a, output.m), w_rows, steps, epilogue, stream);
   } else {
-    launch_tile<MmaNibbles, NarrowingLoader, ByteLoader>(op, tile, plain_rows(a.data, output.m, k), w_rows, steps, epilogue, stream);
+    ByteRows a_rows = plain_rows(a.data, output.m, row_bytes(a.layout, k));
+    a_rows.even_odd = a.layout == Layout::kEvenOdd;
+    launch_tile<MmaNibbles, NarrowingLoader, ByteLoader>(op, tile, a_rows, w_rows, steps, epilogue, stream);
   }
 }
 
@@ -59,7 +61,8 @@ void launch_native(const char* op, const GemmTile& tile, const Operand& a, const
 void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                cudaStream_t stream) {
   const char* op = "gemm_int4";
-  if (a.layout != Layout::kCodes) check_layout(op, "a", a, Layout::kPacked, Layout::kValues);
+  if (a.layout != Layout::kCodes && a.layout != Layout::kEvenOdd) check_layout(op, "a", a, Layout::kPacked, Layout::kValues);
+  if (a.layout == Layout::kEvenOdd) check_aligned(op, "a", a.data);
   check_layout(op, "w", w, Layout::kPacked, Layout::kPacked);
   check_gemm_depth(op, a.grid, w.grid, k);
   if (m == 0 || n == 0) return;
@@ -70,13 +73,15 @@ void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, D
   const bool looks_up = is_fp4(a) || is_fp4(w);
   const GemmTile tile = plan_mma_sync(GemmFamily::kInt4, m, n, device.sm_count);
   if (plan_native_int4(a.layout, a.grid, w.grid, device.compute_capability)) return launch_native(op, tile, a, w, output, k, stream);
-  const NibbleRows w_rows = nibble_rows(op, "w", w, n, k, looks_up);
+  NibbleRows w_rows = nibble_rows(op, "w", w, n, k, looks_up);
+  w_rows.even_odd = a.layout == Layout::kEvenOdd;
   const bool packed = a.layout == Layout::kPacked;
   const IntegerEpilogue epilogue =
       integer_epilogue(a, w, operand_affine(a, packed ? looks_up : is_fp4(a)), operand_affine(w, looks_up), output, k);
   packed ? launch_tile<MmaInt8, NibbleLoader, NibbleLoader>(op, tile, nibble_rows(op, "a", a, m, k, looks_up), w_rows, steps_of(k),
                                                             epilogue, stream)
-         : launch_tile<MmaInt8, ByteLoader, NibbleLoader>(op, tile, byte_rows(a, m, k), w_rows, steps_of(k), epilogue, stream);
+         : launch_tile<MmaInt8, ByteLoader, NibbleLoader>(op, tile, byte_rows(a, m, k), w_rows, steps_of(row_bytes(a.layout, k)), epilogue,
+                                                          stream);
 }
 
 }  // namespace quest::cuda

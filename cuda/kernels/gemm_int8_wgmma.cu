@@ -1,5 +1,5 @@
 // gemm_int8 on Hopper: weights of one byte an integer.
-#include "common/gemm_wgmma.cuh"
+#include "common/wgmma_launch.cuh"
 
 namespace quest::cuda {
 

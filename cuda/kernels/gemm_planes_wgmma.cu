@@ -1,6 +1,6 @@
 // gemm_planes on Hopper: 1-bit products at about 8 times the rate of int8 ones.
 #include "common/gemm_stationary.cuh"
-#include "common/gemm_wgmma.cuh"
+#include "common/wgmma_launch.cuh"
 
 namespace quest::cuda {
 

@@ -1,6 +1,6 @@
 // gemm_sparse on Hopper's sparse tensor cores, which take two of every four values of w: its kept codes become values in registers, its
 // index is their metadata.
-#include "common/gemm_wgmma.cuh"
+#include "common/wgmma_launch.cuh"
 
 namespace quest::cuda {
 

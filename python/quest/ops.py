@@ -10,7 +10,7 @@ Layouts of codes, by rows of K integers; packed rows are padded with zero bytes 
     packed   uint8 [*, packed_row_bytes(K)]    two 4-bit codes a byte, the even column in the low half
     planes   uint8 [bits, *, plane_row_bytes(K)]  plane j holds bit j of every code, eight columns a byte, lowest first
     even_odd uint8 [*, K to a multiple of 64]  one code a byte; of every 64 columns the even ones, then the odd ones:
-                                               the order in which 4:8 sparse weights take activations
+                                               the order in which packed weights take activations, 4:8 sparse ones too
 A prologue is what quantize does to x first, as torch does it and with its roundings to the dtype of x:
     rms_norm  F.rms_norm(x, (K,), norm_weight, norm_epsilon)
     silu_mul  F.silu(gate) * up, where x is [*, 2K]: gate, then up
@@ -147,8 +147,9 @@ def gemm(
 
     The sum is exact, in int32. a, w: codes of M and N rows as quantize wrote them; a code beyond the grid gives an
     unspecified value; `pack` checks.
-    family int8: each values (int8) or codes (uint8); int4: w packed, a packed, values (int8) or codes; planes: both
-    planes, int grids of 1 to 4 bits. a_layout tells uint8 codes of family int4 from packed ones, which None takes.
+    family int8: each values (int8) or codes (uint8); int4: w packed, a even_odd, packed, values (int8) or codes;
+    planes: both planes, int grids of 1 to 4 bits. a_layout tells which uint8 codes those of family int4 are: None,
+    packed.
     a_scale, w_scale: float32 [M], [N]; a_sum, w_sum: int32 [M], [N]; bias: float32 [N] or None.
     dtype: float32, bfloat16 or float16, of y [M, N]. Raises where K is so large that the sum may not fit int32.
     """

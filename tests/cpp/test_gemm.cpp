@@ -130,7 +130,7 @@ TEST(Gemm, Int4IsExactForAllGridsAndLayouts) {
   Random random(2);
   for (const Grid w : value_grids(4)) {
     for (const Grid a : value_grids(8)) {
-      for (const Layout layout : {Layout::kValues, Layout::kCodes}) {
+      for (const Layout layout : {Layout::kValues, Layout::kCodes, Layout::kEvenOdd}) {
         expect_exact(gemm_int4, make(random, a, layout, 3, 145), make(random, w, Layout::kPacked, 7, 145), random);
       }
       if (a.bits > 4) continue;
@@ -199,6 +199,7 @@ TEST(Gemm, ExtremeCodesAtGreatDepthAreExact) {
       expect_exact(gemm_int8, make(random, zero8, Layout::kValues, 2, k, fa), make(random, zero8, Layout::kCodes, 5, k, fw), random);
       expect_exact(gemm_int4, make(random, kInt4, Layout::kPacked, 2, k, fa), make(random, kInt4, Layout::kPacked, 5, k, fw), random);
       expect_exact(gemm_int4, make(random, int8, Layout::kValues, 2, k, fa), make(random, kInt4, Layout::kPacked, 5, k, fw), random);
+      expect_exact(gemm_int4, make(random, int8, Layout::kEvenOdd, 2, k, fa), make(random, kInt4, Layout::kPacked, 5, k, fw), random);
       for (int32_t b = 1; b <= 4; ++b) {
         const Grid grid{GridKind::kInt, b};
         expect_exact(gemm_planes, make(random, grid, Layout::kPlanes, 2, k, fa),

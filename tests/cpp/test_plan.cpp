@@ -14,7 +14,7 @@ TEST(Plan, PlanesWhereTheyPay) {
       const GemmOperands plan = plan_operands(weight, &activation, Sparsity::kNone);
       const bool planes = a * w <= 6 && a <= 4 && w <= 4;
       EXPECT_EQ(plan.family, planes ? GemmFamily::kPlanes : w <= 4 ? GemmFamily::kInt4 : GemmFamily::kInt8) << a << " x " << w;
-      EXPECT_EQ(plan.a, planes ? Layout::kPlanes : a < 8 ? Layout::kCodes : Layout::kValues);
+      EXPECT_EQ(plan.a, planes ? Layout::kPlanes : w <= 4 ? Layout::kEvenOdd : a < 8 ? Layout::kCodes : Layout::kValues);
       EXPECT_EQ(plan.w, planes ? Layout::kPlanes : w <= 4 ? Layout::kPacked : Layout::kCodes);
     }
   }
@@ -71,6 +71,7 @@ TEST(Plan, HopperTilesByRows) {
   EXPECT_EQ(split(64, 4096, 1024), 2);
   EXPECT_EQ(split(1, 1, 16), 1);
   EXPECT_EQ(plan(4096, 4096, 4096).split_k, 1);
+  EXPECT_EQ(split(128, 4096, 4096), 2);  // 64 clusters of 4 would not find room together
   // An odd number of column tiles leaves half of the last pair of thread blocks idle.
   EXPECT_EQ(plan(11264, 512, 4096).block_m, 256);
   EXPECT_EQ(plan(11264, 384, 4096).block_m, 128);
@@ -85,8 +86,9 @@ TEST(Plan, FewRows) {
   };
   EXPECT_TRUE(is_skinny(GemmFamily::kInt4, 32, 22016, 4096));
   EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 33, 22016, 4096));
-  EXPECT_TRUE(is_skinny(GemmFamily::kInt4, 64, 4096, 11008));  // at most 3 tiles a multiprocessor: wgmma would split K
-  EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 65, 4096, 11008));
+  EXPECT_TRUE(is_skinny(GemmFamily::kInt4, 64, 4096, 4096));  // at most 3 tiles a multiprocessor: wgmma would split K
+  EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 65, 4096, 4096));
+  EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 33, 4096, 11008));  // so many columns that it pays all the same
   EXPECT_TRUE(is_skinny(GemmFamily::kInt4, 16, 4096, 4096, 80));
   EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 17, 4096, 4096, 80));  // which has tensor cores for nibbles
   EXPECT_TRUE(is_skinny(GemmFamily::kInt8, 16, 4096, 32768));
@@ -102,11 +104,12 @@ TEST(Plan, FewRows) {
   auto layout = [&](Grid a, GemmShape shape) { return plan_operands(int4, &a, Sparsity::kNone, &shape).a; };
   EXPECT_EQ(layout(int4, {16, 4096, 4096}), Layout::kPacked);
   EXPECT_EQ(layout(int4, {64, 4096, 4096}), Layout::kPacked);
-  EXPECT_EQ(layout(int4, {64, 12288, 4096}), Layout::kCodes);
-  EXPECT_EQ(layout(int4, {4096, 4096, 4096}), Layout::kCodes);
+  EXPECT_EQ(layout(int4, {64, 12288, 4096}), Layout::kEvenOdd);
+  EXPECT_EQ(layout(int4, {4096, 4096, 4096}), Layout::kEvenOdd);
   EXPECT_EQ(layout(int8, {16, 4096, 4096}), Layout::kValues);
+  EXPECT_EQ(layout(int8, {4096, 4096, 4096}), Layout::kEvenOdd);
   EXPECT_EQ(layout(fp4, {16, 4096, 4096}), Layout::kValues);
-  EXPECT_EQ(plan_operands(int4, &int4, Sparsity::kNone).a, Layout::kCodes);
+  EXPECT_EQ(plan_operands(int4, &int4, Sparsity::kNone).a, Layout::kEvenOdd);
 }
 
 TEST(Plan, BitsThatStay) {

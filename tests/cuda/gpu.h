@@ -36,6 +36,7 @@ class OnDevice {
   explicit OnDevice(const std::vector<T>& values, int64_t offset = 0) : size_(static_cast<int64_t>(values.size())), offset_(offset) {
     cuda_ok(cudaMalloc(reinterpret_cast<void**>(&base_), (size_ + offset_ + 1) * sizeof(T)));
     cuda_ok(cudaMemcpy(data(), values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+    cuda_ok(cudaDeviceSynchronize());  // the copy may have returned before it has landed, and a stream that does not block would not wait
   }
   // Filled with a pattern that no operation may leave behind.
   explicit OnDevice(int64_t size, int64_t offset = 0) : OnDevice(std::vector<T>(size, static_cast<T>(0x5A)), offset) {}

@@ -67,8 +67,12 @@ TEST_F(Gemm, Int4OfEveryShapeAndGrid) {
   for (const Shape& s : kShapes) {
     const Matrix w(random, int4, Layout::kPacked, s.n, s.k), fp4_w(random, fp4, Layout::kPacked, s.n, s.k);
     const Matrix packed(random, int4, Layout::kPacked, s.m, s.k), values(random, int8, Layout::kValues, s.m, s.k),
-        codes(random, int4, Layout::kCodes, s.m, s.k);
+        codes(random, int4, Layout::kCodes, s.m, s.k), even_odd(random, int4, Layout::kEvenOdd, s.m, s.k),
+        even_odd8(random, int8, Layout::kEvenOdd, s.m, s.k);
     check_product(kInt4, packed, w, s.m, s.n, s.k);
+    check_product(kInt4, even_odd, w, s.m, s.n, s.k);
+    check_product(kInt4, even_odd8, w, s.m, s.n, s.k);
+    check_product(kInt4, even_odd, fp4_w, s.m, s.n, s.k);
     check_product(kInt4, values, w, s.m, s.n, s.k);
     check_product(kInt4, codes, w, s.m, s.n, s.k);
     check_product(kInt4, packed, fp4_w, s.m, s.n, s.k);
@@ -97,7 +101,7 @@ TEST_F(Gemm, Int4OfEveryPairOfNarrowGrids) {
     for (const Shape& s : {Shape{17, 40, 272}, Shape{33, 70, 129}, Shape{70, 131, 520}}) {
       const Matrix w(random, w_grid, Layout::kPacked, s.n, s.k);
       for (const Grid a_grid : grids) {
-        for (const Layout layout : {Layout::kPacked, Layout::kCodes}) {
+        for (const Layout layout : {Layout::kPacked, Layout::kCodes, Layout::kEvenOdd}) {
           check_product(kInt4, Matrix(random, a_grid, layout, s.m, s.k), w, s.m, s.n, s.k);
         }
       }
@@ -107,7 +111,7 @@ TEST_F(Gemm, Int4OfEveryPairOfNarrowGrids) {
   for (const Shape& s : {Shape{1500, 1700, 144}, Shape{2100, 2000, 1037}}) {
     EXPECT_EQ(plan_mma_sync(GemmFamily::kInt4, s.m, s.n, 132).block_m, 128);
     const Matrix w(random, int4, Layout::kPacked, s.n, s.k);
-    for (const Layout layout : {Layout::kPacked, Layout::kCodes}) {
+    for (const Layout layout : {Layout::kPacked, Layout::kCodes, Layout::kEvenOdd}) {
       check_product(kInt4, Matrix(random, int3, layout, s.m, s.k), w, s.m, s.n, s.k, DType::kBFloat16);
     }
   }
@@ -193,7 +197,9 @@ TEST_F(Gemm, ExtremeCodes) {
         }
         const Matrix a(random, int4, Layout::kPacked, m, 32768, fill_a), w(random, int4, Layout::kPacked, 3, 32768, fill_w);
         check_product(kInt4, a, w, m, 3, 32768);
-        check_product(kInt4, Matrix(random, int4, Layout::kCodes, m, 32768, fill_a), w, m, 3, 32768);
+        for (const Layout layout : {Layout::kCodes, Layout::kEvenOdd}) {
+          check_product(kInt4, Matrix(random, int4, layout, m, 32768, fill_a), w, m, 3, 32768);
+        }
       }
     }
     const Matrix a(random, int4, Layout::kPlanes, m, 32768, Fill::kTop), w(random, int4, Layout::kPlanes, 3, 32768, Fill::kBottom);
@@ -237,13 +243,17 @@ TEST_F(Gemm, TensorCopiesOfEveryTile) {
                                      {300, 520, 3088},  {700, 3000, 144}, {2600, 4100, 208}};
   for (const Shape& s : shapes) {
     const Matrix codes4(random, int4, Layout::kCodes, s.m, s.k), values4(random, int4, Layout::kValues, s.m, s.k),
-        values8(random, int8, Layout::kValues, s.m, s.k), values_fp4(random, fp4, Layout::kValues, s.m, s.k);
+        values8(random, int8, Layout::kValues, s.m, s.k), values_fp4(random, fp4, Layout::kValues, s.m, s.k),
+        even_odd4(random, int4, Layout::kEvenOdd, s.m, s.k), even_odd8(random, int8, Layout::kEvenOdd, s.m, s.k);
     const Matrix packed4(random, int4, Layout::kPacked, s.n, s.k), packed_fp4(random, fp4, Layout::kPacked, s.n, s.k),
         packed_ternary(random, ternary, Layout::kPacked, s.n, s.k);
     const Matrix codes7(random, int7, Layout::kCodes, s.n, s.k), codes8(random, int8, Layout::kCodes, s.n, s.k),
         own4(random, int4, Layout::kValues, s.n, s.k);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
-      check_product(kInt4, codes4, packed4, s.m, s.n, s.k, dtype);
+      check_product(kInt4, even_odd4, packed4, s.m, s.n, s.k, dtype);
+    check_product(kInt4, even_odd8, packed4, s.m, s.n, s.k, DType::kBFloat16);
+    check_product(kInt4, even_odd4, packed_ternary, s.m, s.n, s.k, DType::kFloat16, false);
+    check_product(kInt4, codes4, packed4, s.m, s.n, s.k, DType::kBFloat16);
     check_product(kInt4, values8, packed4, s.m, s.n, s.k, DType::kBFloat16);
     check_product(kInt4, values_fp4, packed_fp4, s.m, s.n, s.k, DType::kBFloat16, false);
     check_product(kInt4, values4, packed_ternary, s.m, s.n, s.k, DType::kBFloat16);
@@ -276,13 +286,13 @@ TEST_F(Gemm, TensorCopiesOfManyTiles) {
   const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8};
   for (const auto& [block_m, s] : {std::pair{256, Shape{1025, 4104, 1040}}, std::pair{128, Shape{1400, 6016, 640}}}) {
     EXPECT_EQ(plan_tile(GemmFamily::kInt4, s.m, s.n, s.k, 90, 132).block_m, block_m);
-    const Matrix a(random, int4, Layout::kCodes, s.m, s.k), a8(random, int8, Layout::kValues, s.m, s.k);
+    const Matrix a(random, int4, Layout::kEvenOdd, s.m, s.k), a8(random, int8, Layout::kValues, s.m, s.k);
     const Matrix w(random, int4, Layout::kPacked, s.n, s.k), w8(random, int8, Layout::kCodes, s.n, s.k);
     check_product(kInt4, a, w, s.m, s.n, s.k, DType::kBFloat16);
     check_product(kInt4, a8, w, s.m, s.n, s.k, DType::kFloat16);
     check_product(kInt8, a8, w8, s.m, s.n, s.k, DType::kBFloat16);
-    const Matrix ordered(random, int4, Layout::kEvenOdd, s.m, s.k), kept(random, int4, Layout::kPacked, s.n, s.k, Fill::kRandom, true);
-    check_product(kSparse, ordered, kept, s.m, s.n, s.k, DType::kBFloat16);
+    const Matrix kept(random, int4, Layout::kPacked, s.n, s.k, Fill::kRandom, true);
+    check_product(kSparse, a, kept, s.m, s.n, s.k, DType::kBFloat16);
   }
   for (const auto& [bits, s] : {std::pair{1, Shape{1025, 9608, 8200}}, std::pair{2, Shape{1025, 9608, 2056}}}) {
     EXPECT_EQ(plan_tile(GemmFamily::kPlanes, s.m, s.n, s.k, 90, 132).block_m, 256);
@@ -311,7 +321,8 @@ TEST_F(Gemm, TensorCopiesOfEveryPairOfGrids) {
   const Shape s{33, 72, 144};
   const Grid int8{GridKind::kInt, 8}, int_zero8{GridKind::kIntZero, 8}, int4{GridKind::kInt, 4}, fp4{GridKind::kFp4, 4};
   for (const Grid a_grid : {int8, int_zero8, int4, fp4}) {
-    const Matrix values(random, a_grid, Layout::kValues, s.m, s.k), codes(random, a_grid, Layout::kCodes, s.m, s.k);
+    const Matrix values(random, a_grid, Layout::kValues, s.m, s.k), codes(random, a_grid, Layout::kCodes, s.m, s.k),
+        even_odd(random, a_grid, Layout::kEvenOdd, s.m, s.k);
     for (const Grid w_grid : testing::all_grids()) {
       if (!has_values(w_grid)) continue;
       for (const Layout layout : {Layout::kPacked, Layout::kCodes, Layout::kValues}) {
@@ -319,6 +330,7 @@ TEST_F(Gemm, TensorCopiesOfEveryPairOfGrids) {
         const Matrix w(random, w_grid, layout, s.n, s.k);
         for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
           for (const Matrix* a : {&values, &codes}) check_product(layout == Layout::kPacked ? kInt4 : kInt8, *a, w, s.m, s.n, s.k, dtype);
+          if (layout == Layout::kPacked) check_product(kInt4, even_odd, w, s.m, s.n, s.k, dtype);
         }
       }
     }
@@ -333,14 +345,14 @@ TEST_F(Gemm, LaunchesThatOverlap) {
   constexpr int kRounds = 40;
   const Quantizer quantizer = parse_quantizer("int4-hadamard-ste");
   const Matrix w(random, quantizer.grid, Layout::kPacked, n, k);
-  for (const auto& [m, layout] : {std::pair<int64_t, Layout>{16, Layout::kPacked}, {40, Layout::kPacked}, {300, Layout::kValues}}) {
+  for (const auto& [m, layout] : {std::pair<int64_t, Layout>{16, Layout::kPacked}, {40, Layout::kPacked}, {300, Layout::kEvenOdd}}) {
     SCOPED_TRACE(concat(m, " rows"));
     std::vector<std::unique_ptr<OnDevice<uint8_t>>> x, expected, streamed, captured;
     for (int i = 0; i < kRounds; ++i) {
       x.push_back(std::make_unique<OnDevice<uint8_t>>(testing::to_dtype(random.normals(m * k), DType::kBFloat16)));
       for (auto* y : {&expected, &streamed, &captured}) y->push_back(std::make_unique<OnDevice<uint8_t>>(2 * m * n));
     }
-    const OnDevice<uint8_t> codes(m * k);
+    const OnDevice<uint8_t> codes(m * row_bytes(layout, k));
     const OnDevice<float> scale(m);
     const OnDevice<int32_t> code_sum(m);
     auto round = [&, m = m, layout = layout](int i, const OnDevice<uint8_t>& y, cudaStream_t stream) {
@@ -375,7 +387,9 @@ TEST_F(Gemm, TensorCopiesOfExtremeCodes) {
       for (const Fill fill_w : {Fill::kTop, Fill::kBottom}) {
         const Matrix a8(random, int8, Layout::kValues, m, k, fill_a), w8(random, int8, Layout::kCodes, n, k, fill_w);
         check_product(kInt8, a8, w8, m, n, k);
-        check_product(kInt4, a8, Matrix(random, int4, Layout::kPacked, n, k, fill_w), m, n, k);
+        const Matrix w4(random, int4, Layout::kPacked, n, k, fill_w);
+        check_product(kInt4, a8, w4, m, n, k);
+        check_product(kInt4, Matrix(random, int8, Layout::kEvenOdd, m, k, fill_a), w4, m, n, k);
         check_product(kPlanes, Matrix(random, int2, Layout::kPlanes, m, k, fill_a), Matrix(random, int2, Layout::kPlanes, n, k, fill_w), m,
                       n, k);
       }

@@ -48,7 +48,7 @@ TEST(Emulated, SplitK) {
     const Matrix w2(random, kInt2Grid, Layout::kPlanes, n, 8 * k);
     for (const int64_t m : {17, 64}) {
       ASSERT_EQ(plan_wgmma(GemmFamily::kInt4, m, n, k, emulated::multiprocessors).block_m, 64);
-      check_product(kInt4, Matrix(random, kInt4Grid, Layout::kCodes, m, k), w4, m, n, k);
+      check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), w4, m, n, k);
       check_product(kInt8, Matrix(random, kInt8Grid, Layout::kValues, m, k), w8, m, n, k, DType::kBFloat16);
     }
     check_product(kPlanes, Matrix(random, kInt2Grid, Layout::kPlanes, 3, 8 * k), w2, 3, n, 8 * k);
@@ -58,10 +58,11 @@ TEST(Emulated, SplitK) {
 // Tiles of 128 rows, and of 256 in clusters of two blocks, several a block; y by the copy engine and by single elements.
 TEST(Emulated, LargeTiles) {
   Random random(4);
-  for (const auto& [multiprocessors, s] : {std::pair{2, Shape{257, 520, 208}}, std::pair{4, Shape{200, 264, 144}}}) {
+  for (const auto& [multiprocessors, s] : {std::pair{2, Shape{257, 520, 208}}, std::pair{4, Shape{200, 264, 1040}}}) {
     emulated::multiprocessors = multiprocessors;
-    const Matrix a(random, kInt4Grid, Layout::kCodes, s.m, s.k), w(random, kInt4Grid, Layout::kPacked, s.n, s.k);
+    const Matrix a(random, kInt4Grid, Layout::kEvenOdd, s.m, s.k), w(random, kInt4Grid, Layout::kPacked, s.n, s.k);
     for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) check_product(kInt4, a, w, s.m, s.n, s.k, dtype);
+    check_product(kInt4, Matrix(random, kInt4Grid, Layout::kCodes, s.m, s.k), w, s.m, s.n, s.k, DType::kFloat16);
     const Matrix a2(random, kInt2Grid, Layout::kPlanes, s.m, s.k), w2(random, kInt2Grid, Layout::kPlanes, s.n, s.k);
     check_product(kPlanes, a2, w2, s.m, s.n, s.k, DType::kBFloat16);
     const Matrix even_odd(random, kInt4Grid, Layout::kEvenOdd, s.m, s.k);

@@ -168,6 +168,8 @@ def test_the_peers_quantize_as_the_definition_does(bits: int, layout: Any) -> No
     rows = torch.tensor([1, 7])
     codes = run.codes_of(expected.codes, bits, layout, 256, rows)
     assert torch.equal(codes, ops.quantize(x, quantizer, "codes").codes[rows].long())
+    ordered = ops.quantize(x, quantizer, "even_odd").codes
+    assert torch.equal(codes, run.codes_of(ordered, bits, "even_odd", 256, rows))
 
 
 def test_rows_of_a_quantized_matrix() -> None:

@@ -87,7 +87,11 @@ INT4_GRIDS = ["int1", "int3", "int4", "int_zero4", "fp4", "ternary"]
 
 @pytest.mark.parametrize(
     ("a_grid", "a_layout"),
-    [("int8", "values"), *((grid, layout) for grid in INT4_GRIDS for layout in ("values", "packed", "codes"))],
+    [
+        ("int8", "values"),
+        ("int8", "even_odd"),
+        *((grid, layout) for grid in INT4_GRIDS for layout in ("values", "packed", "codes", "even_odd")),
+    ],
 )
 @pytest.mark.parametrize("w_grid", INT4_GRIDS)
 def test_int4_grids(a_grid: str, w_grid: str, a_layout: str, device: torch.device) -> None:
@@ -96,7 +100,7 @@ def test_int4_grids(a_grid: str, w_grid: str, a_layout: str, device: torch.devic
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("a_layout", ["values", "packed", "codes"])
+@pytest.mark.parametrize("a_layout", ["values", "packed", "codes", "even_odd"])
 def test_int4_shapes(a_layout: str, m: int, n: int, k: int, device: torch.device) -> None:
     check("int4", "int4", a_layout, "int4", "packed", random_codes("int4", m, k), random_codes("int4", n, k), device)
 

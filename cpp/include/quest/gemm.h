@@ -34,7 +34,7 @@ void check_gemm_depth(const char* op, Grid a, Grid w, int64_t k);
 // gemm_int8: each operand kValues or kCodes (any grid with values).
 void gemm_int8(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                const ParallelFor& parallel_for);
-// gemm_int4: w kPacked; a kPacked, kValues or kCodes.
+// gemm_int4: w kPacked; a kEvenOdd (whose columns meet the halves of w's bytes), kPacked, kValues or kCodes.
 void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                const ParallelFor& parallel_for);
 // gemm_planes: both kPlanes, int grids of 1 to 4 bits.

@@ -28,8 +28,9 @@ enum class Layout : int32_t {
   kPacked,   // uint8 [rows, packed_row_bytes(K)]: two 4-bit codes a byte, the even column in the low half
   kPlanes,   // uint8 [bits, rows, plane_row_bytes(K)]: plane j holds bit j of every code, eight columns a byte, lowest first
   kEvenOdd,  // uint8 [rows, K to a multiple of 64]: one code a byte; of every 64 columns first the 32 even ones, then the 32 odd ones. What
-             // 4:8 sparse weights are multiplied by: of 4 adjacent pairs they keep 2, so of 4 neighbours in this order too, as the sparse
-             // instructions of a GPU want it
+             // packed weights are multiplied by: the low halves of 32 of their bytes meet 32 neighbours, and so do the high ones. 4:8
+             // sparse weights too: of 4 adjacent pairs they keep 2, so of 4 neighbours in this order, as the sparse instructions of a GPU
+             // want it
 };
 
 enum class GridKind : int32_t { kInt, kIntZero, kFp4, kGauss, kTernary };

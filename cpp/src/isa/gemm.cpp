@@ -37,10 +37,24 @@ static inline void separate_halves(const T* in, int64_t count, T* out) {
   }
 }
 
+// The codes of a kEvenOdd row in panel order, `bytes` of them, a multiple of 2 kPanelBytes: runs of columns that both orders keep together.
+static inline void copy_halves(const uint8_t* row, int64_t row_bytes, int64_t bytes, uint8_t* out) {
+  constexpr int64_t kRun = kPanelBytes < 32 ? kPanelBytes : 32;
+  for (int64_t i = 0; i < bytes / 2; i += kRun) {  // of the even columns, and of the odd ones
+    uint8_t* const target = out + i / kPanelBytes * 2 * kPanelBytes + i % kPanelBytes;
+    const int64_t source = i / 32 * 64 + i % 32;
+    for (int64_t odd = 0; odd < 2; ++odd) {
+      source < row_bytes ? std::memcpy(target + odd * kPanelBytes, row + source + odd * 32, kRun)
+                         : std::memset(target + odd * kPanelBytes, 0, kRun);
+    }
+  }
+}
+
 // out = codes of a row in column order, or in panel order where `halves`; `bytes` of them, those beyond k unspecified.
 static void read_row(const uint8_t* row, Layout layout, int32_t bits, int64_t plane_stride, int64_t row_bytes, int64_t k, bool halves,
                      int64_t bytes, uint8_t* out) {
   if (layout == Layout::kPacked && halves) return unpack_halves(row, row_bytes, bytes, out);
+  if (layout == Layout::kEvenOdd && halves) return copy_halves(row, row_bytes, bytes, out);
   if (layout == Layout::kCodes || layout == Layout::kValues) {
     if (!halves) {
       std::memcpy(out, row, k);

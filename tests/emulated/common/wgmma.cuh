@@ -48,7 +48,8 @@ void show_words(const uint32_t (&a)[WORDS], int row, int t) {
   rows[row][t] = a[0], rows[row + 8][t] = a[1], rows[row][4 + t] = a[2], rows[row + 8][4 + t] = a[3];
 }
 
-struct WgmmaInt8 {
+template <typename Byte>
+struct WgmmaBytes {
   static constexpr bool kPlanes = false;
   static constexpr int kWords = 4, kBytes = 32;
   template <int COUNT>
@@ -58,12 +59,14 @@ struct WgmmaInt8 {
         [&](int m, int n) {
           int32_t sum = 0;
           for (int k = 0; k < kBytes; ++k) {
-            sum += static_cast<int8_t>(register_byte(m, k)) * static_cast<int8_t>(tile_byte(b_tile, n, k));
+            sum += static_cast<Byte>(register_byte(m, k)) * static_cast<Byte>(tile_byte(b_tile, n, k));
           }
           return sum;
         });
   }
 };
+using WgmmaInt8 = WgmmaBytes<int8_t>;
+using WgmmaUnsigned = WgmmaBytes<uint8_t>;
 
 struct WgmmaSparseInt8 {
   static constexpr bool kPlanes = false;
