@@ -120,8 +120,10 @@ TEST(Plan, BitsThatStay) {
   EXPECT_EQ(kernel(64, 4096, 4096), "wgmma_m64n128");
   EXPECT_EQ(kernel(4096, 4096, 4096), "stationary_n256");
   EXPECT_EQ(kernel(4096, 4096, 11008), "stationary_n128");  // 11 chunks of 128 rows, and 5 stages
-  EXPECT_EQ(kernel(4096, 4096, 11265), "wgmma_m256n128");   // 3 stages
-  EXPECT_EQ(kernel(4096, 4080, 4096), "wgmma_m256n128");    // no whole spans of 32 columns
+  EXPECT_EQ(kernel(16384, 4096, 11008), "wgmma_m256n128");  // a would be read too often
+  EXPECT_EQ(kernel(16384, 4096, 4096), "stationary_n256");
+  EXPECT_EQ(kernel(4096, 4096, 11265), "wgmma_m256n128");  // 3 stages
+  EXPECT_EQ(kernel(4096, 4080, 4096), "wgmma_m256n128");   // no whole spans of 32 columns
   EXPECT_EQ(kernel(4096, 4096, 4096, 80), "m128n128");
   EXPECT_EQ(stationary_stages(256, 4096), 11);
   EXPECT_EQ(stationary_stages(128, 11008), 5);
