@@ -45,6 +45,7 @@ struct WgmmaTile {
   static constexpr int OTHER_BYTES = STORES_BYTES + FACTORS_BYTES + 256;  // 256: the mbarriers
   static constexpr int STAGES = std::min((227 * 1024 - OTHER_BYTES) / STAGE_BYTES, 12);
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + OTHER_BYTES;
+  static_assert(BLOCK_M % (BUFFERS * Piece::ROWS) == 0, "the buffers take turns");
   static_assert(STAGES >= 3 && 2 * (STAGES + kMultipliers * BUFFERS) * 8 <= 256, "a ring of stages");
   // Registers a thread of the copying and the multiplying warpgroups; together at most what the three start with, a multiple of 8 each.
   static constexpr int COPIER_REGISTERS = 40, MULTIPLIER_REGISTERS = 232;
