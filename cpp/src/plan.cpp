@@ -47,6 +47,7 @@ constexpr int64_t kStationary128Rows = 8192;
 constexpr double kWgmma128Time = 0.7;
 constexpr int32_t kMaxSplit = 4;         // splits of 8 took longer than their shorter loops saved: 16 x 4096 x 4096 on an H100
 constexpr int32_t kMinStages = 4;        // stages a thread block takes at least, so that sums of few stages are not split further
+constexpr int32_t kRoomOf12 = 10;        // of 12 multiprocessors that clusters of 4 find room on together: 120 of 132 of an H100
 constexpr int32_t kSplitBlocksOfSm = 2;  // thread blocks that a multiprocessor holds of the split kernels
 
 // Rows of packed codes up to which the kernel for few rows is faster than wgmma on Hopper: its warps unpack a for themselves. Where its
@@ -165,7 +166,7 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
     const int64_t stages = (k + block_k - 1) / block_k;
     int32_t split = 1;
     while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages) {
-      const int64_t room = kSplitBlocksOfSm * (split == 1 ? sm_count : sm_count / 12 * 10);  // clusters of 4 find less of it
+      const int64_t room = kSplitBlocksOfSm * (split == 1 ? sm_count : sm_count * kRoomOf12 / 12);
       if (2 * split * tiles(row, m, n) > room) break;
       split *= 2;
     }

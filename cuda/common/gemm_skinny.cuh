@@ -264,7 +264,6 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
     if constexpr (Kernel::kLoadsAhead) load_a(target.a, slice);
   };
 
-  dependents_may_launch();
   wait_for_prerequisites();
 
   WeightRows rows = rows_of(first_n), next_rows = rows;

@@ -137,8 +137,6 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
     prefetch_tensor_map(&w_map);
   }
   __syncthreads();
-  // From here on memory is touched: what was launched before must have ended. What comes after may start to start.
-  dependents_may_launch();
   wait_for_prerequisites();
 
   const int64_t first_tile = problem.tiles * blockIdx.x / gridDim.x, last_tile = problem.tiles * (blockIdx.x + 1) / gridDim.x;

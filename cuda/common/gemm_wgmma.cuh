@@ -71,26 +71,20 @@ __global__ __launch_bounds__(kWgmmaThreads, 1) void gemm_wgmma_kernel(const __gr
                                                                       const __grid_constant__ WgmmaProblem problem) {
 #ifdef QUEST_SM90A
   constexpr int BLOCK_M = Tile::BLOCK_M, CLUSTER = Tile::CLUSTER, STAGES = Tile::STAGES, BUFFERS = Tile::BUFFERS;
-  using Fragments = typename Tile::Fragments;
   using Piece = typename Tile::Piece;
 
   uint8_t* const shared = dynamic_shared();
-  auto a_tile = [&](int stage) { return shared + stage * Tile::STAGE_BYTES; };
-  auto w_tile = [&](int stage) { return a_tile(stage) + Tile::A_BYTES; };
-  auto buffers = [&](int group) { return a_tile(STAGES) + group * BUFFERS * Piece::BYTES; };
+  auto buffers = [&](int group) { return shared + STAGES * Tile::STAGE_BYTES + group * BUFFERS * Piece::BYTES; };
   RowFactors* const row_factors = reinterpret_cast<RowFactors*>(buffers(kMultipliers));
-  uint64_t* const full = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
-  uint64_t* const empty = full + STAGES;
-  auto written = [&](int group) { return empty + STAGES + group * 2 * BUFFERS; };  // of each buffer: there is a piece
-  auto free = [&](int group) { return written(group) + BUFFERS; };                 // it has been read
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
+  StageRing<Tile> ring{shared, barriers, barriers + STAGES};
+  auto written = [&](int group) { return barriers + 2 * STAGES + group * 2 * BUFFERS; };  // of each buffer: there is a piece
+  auto free = [&](int group) { return written(group) + BUFFERS; };                        // it has been read
 
   const int warpgroup = warpgroup_index();
   const int rank = CLUSTER > 1 ? static_cast<int>(cluster_rank()) : 0;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(&full[stage], 1);                                          // the copier, and the bytes
-      barrier_init(&empty[stage], CLUSTER * kMultipliers * kWarpgroup / 32);  // every warp that reads what this block copies
-    }
+    ring.init_barriers();
     for (int group = 0; group < kMultipliers; ++group) {
       for (int buffer = 0; buffer < BUFFERS; ++buffer) {
         barrier_init(&written(group)[buffer], kWarpgroup / 32);
@@ -107,41 +101,23 @@ __global__ __launch_bounds__(kWgmmaThreads, 1) void gemm_wgmma_kernel(const __gr
   } else {
     __syncthreads();
   }
-  // From here on memory is touched: what was launched before must have ended. What comes after may start to start.
-  dependents_may_launch();
   wait_for_prerequisites();
 
   const int tiles = problem.tiles_m * problem.clusters_n;
   const int first_tile = static_cast<int>(blockIdx.x) / CLUSTER, tile_stride = static_cast<int>(gridDim.x) / CLUSTER;
   const Steps steps = problem.steps;
-  const int count = steps.count();
-  int stage = 0;
-  uint32_t parity = 0;
-  auto next_stage = [&] {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  };
 
   const int warp = warp_index(), lane = threadIdx.x % 32;
   if (warpgroup == 0) {
     registers_shrink<Tile::COPIER_REGISTERS>();
     if (warp == 0 && lane == 0) {
-      constexpr int kShare = BLOCK_M / CLUSTER;
       for (int tile = first_tile; tile < tiles; tile += tile_stride) {
         const TileCursor at(problem, tile);
-        const int first_m = at.m * BLOCK_M + rank * kShare, first_n = (at.n_cluster * CLUSTER + rank) * kWgmmaN;
+        const int first_n = (at.n_cluster * CLUSTER + rank) * kWgmmaN;
         StepCursor step(steps);
-        for (int i = 0; i < count; ++i) {
-          barrier_wait(&empty[stage], parity ^ 1);
-          barrier_expect(&full[stage], Tile::STAGE_BYTES);
-          tensor_load<false>(w_tile(stage), &w_map, &full[stage], step.k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
-          if constexpr (Fragments::kIndexBytes > 0) {
-            tensor_load<false>(w_tile(stage) + kWgmmaN * Fragments::kRowBytes, &index_map, &full[stage],
-                               step.k_tile / 2 * Fragments::kIndexBytes, first_n, 0, 0);
-          }
-          tensor_load<(CLUSTER > 1)>(a_tile(stage) + rank * kShare * kStepRowBytes, &a_map, &full[stage], step.k_tile * kStepRowBytes,
-                                     first_m, step.a_plane, (1 << CLUSTER) - 1);
+        for (int i = 0; i < steps.count(); ++i) {
+          ring.copy(a_map, w_map, index_map, step.k_tile, step, at.m * BLOCK_M, first_n, rank);
           step.advance();
-          next_stage();
         }
       }
     } else if (warp >= 1 && warp <= kMultipliers && lane == 0 && problem.output.tensor_store) {
@@ -166,33 +142,8 @@ __global__ __launch_bounds__(kWgmmaThreads, 1) void gemm_wgmma_kernel(const __gr
   } else {
     registers_grow<Tile::MULTIPLIER_REGISTERS>();
     const int group = warpgroup - 1;
-    const uint32_t fragment_address = shared_address(w_tile(0)) + Fragments::offset(group * 64 + warp * 16);
-    constexpr bool kSparse = Fragments::kIndexBytes > 0;
-    uint32_t index_address = 0;
-    if constexpr (kSparse) index_address = shared_address(w_tile(0)) + Fragments::index_offset(group * 64 + warp * 16);
     RowFactors* const factors = row_factors + group * BLOCK_M;
-    // A stage goes back to every block that copies to it.
-    auto release = [&](int s) {
-      if (lane < CLUSTER) CLUSTER > 1 ? barrier_arrive(&empty[s], lane) : barrier_arrive(&empty[s]);
-    };
-
-    constexpr int kInstructions = Fragments::kInstructions;
-    using Words = typename Fragments::Words;
-    Words even, odd;
-    if constexpr (kSparse) even[0][4] = even[1][4] = odd[0][4] = odd[1][4] = 0;
-    // Of step i, whose stage the ring is at.
-    auto load_words = [&](Words& words, int i) {
-      barrier_wait(&full[stage], parity);
-      const uint32_t stage_offset = stage * Tile::STAGE_BYTES;
-      typename Fragments::Fetched fetched;
-      if constexpr (kSparse) {
-        Fragments::fetch(fetched, fragment_address + stage_offset, index_address + stage_offset + i % 2 * (Fragments::kIndexBytes / 2));
-      } else {
-        Fragments::fetch(fetched, fragment_address + stage_offset);
-      }
-      Fragments::widen(words, fetched, problem);
-    };
-
+    TileMultiplier<Tile> multiplier(ring, group);
     int32_t accumulators[BLOCK_M / 2];
     uint32_t piece_parity = 1;  // of the buffers: at first they are free
     for (int tile = first_tile; tile < tiles; tile += tile_stride) {
@@ -204,39 +155,7 @@ __global__ __launch_bounds__(kWgmmaThreads, 1) void gemm_wgmma_kernel(const __gr
       const RowLoads<BLOCK_M> row_loads(problem.output, first_m);
       const ColumnLoads column_loads(problem.output, first_n);
 
-      load_words(even, 0);
-      StepCursor cursor(steps);
-      // The products of the stage whose words are in `now`; meanwhile the words of the next stage are loaded.
-      auto multiply_stage = [&](int i, const Words& now, Words& next) {
-        const uint64_t b_tile = swizzled_tile(a_tile(stage));
-        wgmma_fence();
-#pragma unroll
-        for (int j = 0; j < kInstructions; ++j) {
-          Tile::Mma::mma(accumulators, now[j], b_tile + j * (Tile::Mma::kBytes / 16), (i | j) != 0);
-        }
-        wgmma_commit();
-        const int previous = (stage == 0 ? STAGES : stage) - 1;
-        wgmma_wait<1>();  // the products before these, which used `next`
-        if (i > 0) release(previous);
-        if (i + 1 < count) {
-          next_stage();
-          load_words(next, i + 1);
-          if (Tile::Mma::kPlanes && cursor.advance()) {
-            wgmma_wait<0>();
-            wgmma_owned(accumulators);
-#pragma unroll
-            for (int32_t& accumulator : accumulators) accumulator *= 2;
-          }
-        }
-      };
-      for (int i = 0; i < count; i += 2) {
-        multiply_stage(i, even, odd);
-        if (i + 1 < count) multiply_stage(i + 1, odd, even);
-      }
-      wgmma_wait<0>();
-      wgmma_owned(accumulators);
-      release(stage);
-      next_stage();
+      multiplier.multiply(accumulators, ring, problem, steps, 0);
 
       named_barrier(group_barrier(group), kWarpgroup);  // all have written what the old factors were for
       row_loads.store(problem.output, factors);

@@ -113,17 +113,12 @@ __device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
 }
 
 // ---- neighbours in a stream (programmatic dependent launch, sm_90): a kernel that was launched as `dependent` (check.h) may start while
-// the one before it still runs, and waits here until that has ended and its writes are seen. Before that it must not touch memory.
+// the one before it still runs, and waits here until that has ended and its writes are seen. Before that it must not touch memory. Once
+// every thread block is here, the next kernel may start to start.
 __device__ __forceinline__ void wait_for_prerequisites() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Once every thread block has said so, the next kernel may start to start.
-__device__ __forceinline__ void dependents_may_launch() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

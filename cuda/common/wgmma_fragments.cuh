@@ -1,4 +1,4 @@
-// What the products on Hopper's wgmma share: their problem, and the weight on its way to the tensor cores.
+// What the products on Hopper's wgmma share: their problem, the weight on its way to the tensor cores, and the loop over K.
 //
 // The weight is the left operand of the instruction and goes through registers, so that it can lie in memory in any width: 4-bit codes are
 // widened there. A step of the main loop takes 128 bytes of every row of a, 128 int8 or 1024 bits, and as many columns of 128 rows of w.
@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/hopper.cuh"
 #include "common/steps.cuh"
 #include "common/wgmma_epilogue.cuh"
 
@@ -152,6 +153,125 @@ struct SparseFragments {
   static __device__ __forceinline__ uint32_t value(uint32_t four, const WgmmaProblem& problem) {
     return (four * problem.value_mul + problem.value_add) ^ 0x80808080u;
   }
+};
+
+// The ring of stages at the start of a block's shared memory, of a's rows, then w's, and where this thread is in it. empty: a phase ends
+// with an arrival of every multiplying warp that reads what this block copies.
+template <typename Tile>
+struct StageRing {
+  uint8_t* shared;
+  uint64_t *full, *empty;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ uint8_t* a_tile() const { return shared + stage * Tile::STAGE_BYTES; }
+  __device__ __forceinline__ void init_barriers() const {
+    for (int i = 0; i < Tile::STAGES; ++i) {
+      barrier_init(&full[i], 1);  // the copier, and the bytes
+      barrier_init(&empty[i], Tile::CLUSTER * kMultipliers * kWarpgroup / 32);
+    }
+  }
+  __device__ __forceinline__ void advance() {
+    if (++stage == Tile::STAGES) stage = 0, parity ^= 1;
+  }
+
+  // The rows from first_m and first_n on, in the columns of a step, to the next stage; of a the share of this block, for all of its
+  // cluster.
+  __device__ __forceinline__ void copy(const CUtensorMap& a_map, const CUtensorMap& w_map, const CUtensorMap& index_map, int k_tile,
+                                       const StepCursor& step, int first_m, int first_n, int rank) {
+    using Fragments = typename Tile::Fragments;
+    constexpr int kShare = Tile::BLOCK_M / Tile::CLUSTER;
+    barrier_wait(&empty[stage], parity ^ 1);
+    barrier_expect(&full[stage], Tile::STAGE_BYTES);
+    uint8_t* const w_tile = a_tile() + Tile::A_BYTES;
+    tensor_load<false>(w_tile, &w_map, &full[stage], k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
+    if constexpr (Fragments::kIndexBytes > 0) {
+      tensor_load<false>(w_tile + kWgmmaN * Fragments::kRowBytes, &index_map, &full[stage], k_tile / 2 * Fragments::kIndexBytes, first_n, 0,
+                         0);
+    }
+    tensor_load<(Tile::CLUSTER > 1)>(a_tile() + rank * kShare * kStepRowBytes, &a_map, &full[stage], k_tile * kStepRowBytes,
+                                     first_m + rank * kShare, step.a_plane, (1 << Tile::CLUSTER) - 1);
+    advance();
+  }
+};
+
+// What a warp of a multiplying warpgroup keeps between the steps of a tile, and between tiles.
+template <typename Tile>
+class TileMultiplier {
+  using Fragments = typename Tile::Fragments;
+  using Words = typename Fragments::Words;
+  static constexpr bool kSparse = Fragments::kIndexBytes > 0;
+
+ public:
+  __device__ __forceinline__ TileMultiplier(const StageRing<Tile>& ring, int group) : lane_(threadIdx.x % 32) {
+    const int first_row = group * kWarpgroupColumns + warp_index() * 16;
+    const uint32_t w_tile = shared_address(ring.shared) + Tile::A_BYTES;
+    fragment_address_ = w_tile + Fragments::offset(first_row);
+    if constexpr (kSparse) {
+      index_address_ = w_tile + Fragments::index_offset(first_row);
+      even_[0][4] = even_[1][4] = odd_[0][4] = odd_[1][4] = 0;
+    }
+  }
+
+  // The sums of a tile, from the ring's next stages, which go back. first_k_tile: of the steps.
+  __device__ __forceinline__ void multiply(int32_t (&accumulators)[Tile::BLOCK_M / 2], StageRing<Tile>& ring, const WgmmaProblem& problem,
+                                           const Steps& steps, int first_k_tile) {
+    const int count = steps.count();
+    StepCursor cursor(steps);
+    // The products of the stage whose words are in `now`; meanwhile the words of the next stage are loaded.
+    auto multiply_stage = [&](int i, const Words& now, Words& next) {
+      const uint64_t b_tile = swizzled_tile(ring.a_tile());
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < Fragments::kInstructions; ++j) {
+        Tile::Mma::mma(accumulators, now[j], b_tile + j * (Tile::Mma::kBytes / 16), (i | j) != 0);
+      }
+      wgmma_commit();
+      const int previous = (ring.stage == 0 ? Tile::STAGES : ring.stage) - 1;
+      wgmma_wait<1>();  // the products before these, which used `next`
+      if (i > 0) give_back(ring, previous);
+      if (i + 1 < count) {
+        ring.advance();
+        load(next, ring, problem, first_k_tile + i + 1);
+        if (Tile::Mma::kPlanes && cursor.advance()) {
+          wgmma_wait<0>();
+          wgmma_owned(accumulators);
+#pragma unroll
+          for (int32_t& accumulator : accumulators) accumulator *= 2;
+        }
+      }
+    };
+    load(even_, ring, problem, first_k_tile);
+    for (int i = 0; i < count; i += 2) {
+      multiply_stage(i, even_, odd_);
+      if (i + 1 < count) multiply_stage(i + 1, odd_, even_);
+    }
+    wgmma_wait<0>();
+    wgmma_owned(accumulators);
+    give_back(ring, ring.stage);
+    ring.advance();
+  }
+
+ private:
+  __device__ __forceinline__ void load(Words& words, const StageRing<Tile>& ring, const WgmmaProblem& problem, int k_tile) const {
+    barrier_wait(&ring.full[ring.stage], ring.parity);
+    const uint32_t offset = ring.stage * Tile::STAGE_BYTES;
+    typename Fragments::Fetched fetched;
+    if constexpr (kSparse) {
+      Fragments::fetch(fetched, fragment_address_ + offset, index_address_ + offset + k_tile % 2 * (Fragments::kIndexBytes / 2));
+    } else {
+      Fragments::fetch(fetched, fragment_address_ + offset);
+    }
+    Fragments::widen(words, fetched, problem);
+  }
+  // To every block that copies to it.
+  __device__ __forceinline__ void give_back(const StageRing<Tile>& ring, int stage) const {
+    if (lane_ < Tile::CLUSTER) Tile::CLUSTER > 1 ? barrier_arrive(&ring.empty[stage], lane_) : barrier_arrive(&ring.empty[stage]);
+  }
+
+  int lane_;
+  uint32_t fragment_address_, index_address_ = 0;
+  Words even_, odd_;
 };
 
 }  // namespace quest::cuda

@@ -515,7 +515,6 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64
   const bool exists = row < problem.rows && block < problem.blocks;
   const int64_t row_block = row * problem.blocks + block;
 
-  dependents_may_launch();
   wait_for_prerequisites();
   Raw raw[4];
   auto address = [&](const uint8_t* base, int64_t at, int i) {  // of this lane's i-th chunk of block `at`

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from quest.quantizer import Quantizer, grid_bits
 
@@ -227,7 +227,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def _fake(*names: str) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         for name in names:
-            torch.library.register_fake(f"quest::{name}", _on_one_device(name, function))
+            library.register_fake(f"quest::{name}", _on_one_device(name, function))
         return function
 
     return register
@@ -383,12 +383,12 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return _op("hadamard")(grad, ctx.block), None
 
 
-torch.library.register_autograd("quest::hadamard", _hadamard_backward, setup_context=_hadamard_setup)
+library.register_autograd("quest::hadamard", _hadamard_backward, setup_context=_hadamard_setup)
 
 
 # The other operations have none: their results never require a gradient, whatever their arguments do (the estimators
 # give gradients, one layer above). Falling through autograd says so, and costs a call nothing.
-_library = torch.library.Library("quest", "IMPL")  # type: ignore[no-untyped-call]
+_library = library.Library("quest", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "quantize",
     "dequantize",
@@ -400,4 +400,4 @@ for _name in (
     "gemm_weight_only",
     "linear",
 ):
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    _library.impl(_name, library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]

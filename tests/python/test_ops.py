@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from quest import Quantizer, ops
 
@@ -94,7 +94,7 @@ def test_every_op_has_a_sample() -> None:
 @pytest.mark.parametrize("sample", range(len(NAMES)), ids=[f"{name}-{i}" for i, name in enumerate(NAMES)])
 def test_opcheck(sample: int, device: torch.device) -> None:
     name, arguments = samples(device)[sample]
-    torch.library.opcheck(getattr(torch.ops.quest, name).default, arguments)
+    library.opcheck(getattr(torch.ops.quest, name).default, arguments)
 
 
 def test_estimators_alone_give_gradients(device: torch.device) -> None:
