@@ -26,6 +26,14 @@ __device__ __forceinline__ float float16_to_float(uint16_t bits) {
   return value;
 }
 
+// Two integers as unsigned numbers of 4 bits, those beyond 0 ... 15 as the nearest: the lowest bits of the word, `low` first, below
+// `above`.
+__device__ __forceinline__ uint32_t pack_nibbles(uint32_t low, uint32_t high, uint32_t above) {
+  uint32_t word;
+  asm("cvt.pack.sat.u4.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(high), "r"(low), "r"(above));
+  return word;
+}
+
 // ---- the special function unit, to a unit or two in the last place; subnormal numbers are 0
 __device__ __forceinline__ float exp2_approximate(float x) {
   float value;
@@ -162,6 +170,7 @@ struct MmaBFloat16 {  // 16 bfloat16
     return d;
   }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
+  static __device__ __forceinline__ float to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -179,6 +188,7 @@ struct MmaFloat16 {  // 16 float16
     return d;
   }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_float16(low, high); }
+  static __device__ __forceinline__ float to_float(uint32_t bits) { return float16_to_float(static_cast<uint16_t>(bits)); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -5,8 +5,8 @@
 // hadamard_blocks_kernel (B >= 128, aligned rows): B/V threads hold a block, V = 32 or 64 values each. Thread t of T loads the chunks t,
 // t + T, t + 2T ... of 8 values, so strides 1, 2, 4 and the largest lie in its registers. Up to B = 512 the strides between are exchanged
 // between lanes. Beyond, one exchange through shared memory gives a thread the V values at stride 8: two accesses a value for five or six
-// strides, where lanes would need one for each; what still lies between is exchanged between lanes, and a second exchange goes back to the
-// chunks.
+// strides, where lanes would need one for each. A second exchange goes back to the chunks, or, where strides between are left, to fewer
+// neighbouring values and all strides from 512 on; they are stored from there.
 //
 // hadamard_kernel (any B, any address): a thread block of 256 threads takes tiles of 2048 values, 8 a thread (chunk.cuh): strides 1 to 4
 // are butterflies in a thread's registers, 8 to 128 exchanges between lanes, 256 to 1024 one exchange between the 8 warps through shared
@@ -38,13 +38,12 @@ struct BlockShape {
   // this size alone, which would leave memory idle meanwhile. (Twice as many float32 values would not fit into the registers.)
   static constexpr bool kPrefetches = LOG_BLOCK == 15 && DTYPE != DType::kFloat32;
 
-  // In shared memory a group is the 8 V values that V values at stride 8 of 8 threads are; it is padded, so that a warp, whose lanes hold
-  // 2^kLogNear neighbouring values of several groups, meets every bank once.
+  // In shared memory a group is the 8 V values that V values at stride 8 of 8 threads are; it is padded, so that a warp, whose lanes hold 8
+  // neighbouring values of several groups, meets every bank once.
   static constexpr int kLogGroup = 3 + kLogValues;
-  static constexpr int kLaneStrides = LOG_BLOCK > 2 * kLogValues ? LOG_BLOCK - 2 * kLogValues : 0;  // of groups
-  static constexpr int kLogNear = 5 - kLaneStrides < 3 ? 5 - kLaneStrides : 3;
-  static constexpr int kGroupFloats = (1 << kLogGroup) + (1 << kLogNear);
-  static constexpr int kTeamFloats = kExchanges ? kGroupFloats * (kBlock >> kLogGroup) : 0;
+  static constexpr int kGroupFloats = (1 << kLogGroup) + 8;
+  static constexpr int kGroups = LOG_BLOCK > kLogGroup ? 1 << (LOG_BLOCK - kLogGroup) : 1;
+  static constexpr int kTeamFloats = kExchanges ? kGroupFloats * kGroups : 0;
   static constexpr size_t kSharedBytes = size_t{kTeams} * kTeamFloats * sizeof(float);
 };
 
@@ -62,6 +61,42 @@ template <int COUNT, int FIRST, int LAST>
 __device__ __forceinline__ void butterflies(float (&x)[COUNT]) {
   butterfly<COUNT, FIRST>(x);
   if constexpr (FIRST < LAST) butterflies<COUNT, 2 * FIRST, LAST>(x);
+}
+
+template <int COUNT>
+__device__ __forceinline__ void load_floats(float* values, const float* source) {
+  if constexpr (COUNT == 4) {
+    const float4 four = *reinterpret_cast<const float4*>(source);
+    values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+  } else if constexpr (COUNT == 2) {
+    const float2 two = *reinterpret_cast<const float2*>(source);
+    values[0] = two.x, values[1] = two.y;
+  } else {
+    values[0] = *source;
+  }
+}
+
+// COUNT values, fewer than a chunk, rounded, to a multiple of their bytes.
+template <DType DTYPE, int COUNT>
+__device__ __forceinline__ void store_values(uint8_t* target, const float* values) {
+  if constexpr (DTYPE == DType::kFloat32) {
+    if constexpr (COUNT == 4) {
+      *reinterpret_cast<float4*>(target) = make_float4(values[0], values[1], values[2], values[3]);
+    } else if constexpr (COUNT == 2) {
+      *reinterpret_cast<float2*>(target) = make_float2(values[0], values[1]);
+    } else {
+      *reinterpret_cast<float*>(target) = values[0];
+    }
+  } else {
+    auto pack = [](float low, float high) { return DTYPE == DType::kBFloat16 ? pack_bfloat16(low, high) : pack_float16(low, high); };
+    if constexpr (COUNT == 4) {
+      *reinterpret_cast<uint2*>(target) = make_uint2(pack(values[0], values[1]), pack(values[2], values[3]));
+    } else if constexpr (COUNT == 2) {
+      *reinterpret_cast<uint32_t*>(target) = pack(values[0], values[1]);
+    } else {
+      *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(pack(values[0], 0.0f));
+    }
+  }
 }
 
 template <DType DTYPE, int LOG_BLOCK>
@@ -90,7 +125,7 @@ __global__ __launch_bounds__((BlockShape<DTYPE, LOG_BLOCK>::kThreads)) void hada
     float values[kValues];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) raw[i].to_floats(values + i * kChunk);
-    uint8_t* const target = static_cast<uint8_t*>(y) + (block * (Shape::kBlock / kChunk) + thread) * Raw::kBytes;
+    const int64_t at = block;
     const bool exists = block < blocks;
     block += step;
     if constexpr (Shape::kPrefetches) load();
@@ -114,36 +149,48 @@ __global__ __launch_bounds__((BlockShape<DTYPE, LOG_BLOCK>::kThreads)) void hada
         *reinterpret_cast<float4*>(own + chunk_offset(i) + 4 - 4 * swap) = make_float4(v[4], v[5], v[6], v[7]);
       }
       sync_team<kTeam>();
-      // Values at stride 8: of group `group` those from `near` on. The lowest bits of the lane are the lowest of `near`, the others the
-      // lowest of `group`, whose strides the lanes exchange; the rest of `near`, if any, comes from the warp.
-      constexpr int kLogNear = Shape::kLogNear;
-      constexpr int kLogGroupLanes = 5 - kLogNear;
-      const int lane = thread % 32, warp = thread / 32;
-      const int near = lane % (1 << kLogNear) | warp % (1 << (3 - kLogNear)) << kLogNear;
-      const int group = lane >> kLogNear | warp >> (3 - kLogNear) << kLogGroupLanes;
-      float* const columns[2] = {team + group * Shape::kGroupFloats + near, team + group * Shape::kGroupFloats + (near ^ 4)};
+      // Values at stride 8: of group thread / 8 those from thread % 8 on.
+      const int near = thread % 8;
+      float* const group = team + thread / 8 * Shape::kGroupFloats;
+      float* const columns[2] = {group + near, group + (near ^ 4)};
 #pragma unroll
       for (int i = 0; i < kValues; ++i) values[i] = columns[i >> 2 & 1][i * kChunk];
       butterflies<kValues, 1, kValues / 2>(values);
 #pragma unroll
-      for (int i = 0; i < Shape::kLaneStrides; ++i) butterfly_lanes(values, 1 << (kLogNear + i));
-#pragma unroll
       for (int i = 0; i < kValues; ++i) columns[i >> 2 & 1][i * kChunk] = values[i];
       sync_team<kTeam>();
+      constexpr int kWidth = kValues / Shape::kGroups;  // neighbouring values, if a thread takes as many of each group
+      if constexpr (kWidth >= kChunk) {
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        float* v = values + i * kChunk;
-        const float4 low = *reinterpret_cast<const float4*>(own + chunk_offset(i) + 4 * swap);
-        const float4 high = *reinterpret_cast<const float4*>(own + chunk_offset(i) + 4 - 4 * swap);
-        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+        for (int i = 0; i < kChunks; ++i) {
+          float* v = values + i * kChunk;
+          const float4 low = *reinterpret_cast<const float4*>(own + chunk_offset(i) + 4 * swap);
+          const float4 high = *reinterpret_cast<const float4*>(own + chunk_offset(i) + 4 - 4 * swap);
+          v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+          v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+        }
+        // The strides between chunks that no other step had.
+        butterflies<kValues, (kChunk << Shape::kLogGroup) / (kTeam * kChunk), kValues / 2>(values);
+      } else {
+        const int column = thread * kWidth;
+        const float* const source = team + (column ^ (column >> 5 & 1) * 4);
+#pragma unroll
+        for (int g = 0; g < Shape::kGroups; ++g) {
+          load_floats<kWidth>(values + g * kWidth, source + g * Shape::kGroupFloats);
+        }
+        if constexpr (Shape::kPrefetches) sync_team<kTeam>();  // before the next values come
+        butterflies<kValues, kWidth, kValues / 2>(values);
+        multiply(values, factor);
+        uint8_t* const target = static_cast<uint8_t*>(y) + (at * Shape::kBlock + column) * (Raw::kBytes / kChunk);
+#pragma unroll
+        for (int g = 0; g < Shape::kGroups; ++g) {
+          if (exists) store_values<DTYPE, kWidth>(target + (g << Shape::kLogGroup) * (Raw::kBytes / kChunk), values + g * kWidth);
+        }
+        continue;
       }
-      // The strides between chunks that no other step had.
-      constexpr int kDone = Shape::kLogGroup + Shape::kLaneStrides;
-      constexpr int kFirst = kChunk << (kDone - (LOG_BLOCK - (Shape::kLogValues - 3)));
-      butterflies<kValues, kFirst, kValues / 2>(values);
     }
     multiply(values, factor);
+    uint8_t* const target = static_cast<uint8_t*>(y) + (at * (Shape::kBlock / kChunk) + thread) * Raw::kBytes;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       Raw out;

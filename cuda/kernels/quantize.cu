@@ -346,25 +346,30 @@ __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_cons
 constexpr int kMaxRowWarps = 32;
 constexpr int kWarpBlocks = 8;  // blocks of 128 values that a warp holds, a quad of lanes each
 
+// How codes are made: one bit is a comparison; int4 as nibbles has an instruction that clamps and packs them.
+enum class CodeKind : int32_t { kNibble, kBit, kAny };
+
 // The registers hold x_h/gain: what the rotation multiplies by is part of the factors that follow it.
 struct BlocksProblem {
   const uint8_t* x;
   const uint8_t* norm_weight;
-  float norm_epsilon, one_over_k;
+  float norm_epsilon;
   uint8_t* codes;
   float* scale;
   int32_t* code_sum;
   uint8_t* mask;  // or nullptr
-  int64_t rows, plane_bytes;
+  int64_t plane_bytes;
+  int32_t rows;
   int32_t blocks;  // of a row
   int32_t bits;
   Layout layout;
-  float mean;         // sigma^2 = mean * sum of squares
-  float largest_sum;  // of the squares of a row that holds numbers
+  float one_over_k;
   float scale_factor, scale_epsilon;
   float gain_over_steps, inverse_gain;
-  float limit_factor, limit_add;    // of the mask, in registers' units: limit_factor sigma + limit_add
-  bool error_mask;                  // the mask compares |x-hat - x_h|, not |x_h|
+  float limit_factor, limit_add;  // of the mask, in registers' units: limit_factor sigma + limit_add
+  bool error_mask;                // the mask compares |x-hat - x_h|, not |x_h|
+  CodeKind code_kind;
+  float boundary_factor;            // of one bit, times scale
   float shift;                      // code = rint(x_h/step + shift) + offset
   uint32_t offset, largest_code;    // each twice, in 16 bits
   float level_mul, level_add;       // x-hat/s = level_mul code + level_add
@@ -409,35 +414,59 @@ __device__ __forceinline__ float sum_of_squares(const float (&x)[COUNT]) {
   return (partial[0] + partial[1]) + (partial[2] + partial[3]);
 }
 
-// Sum of what each warp of a row has; every thread gets it. sums: nothing else uses it.
-__device__ __forceinline__ float sum_over_warps(float value, float4 (&sums)[kMaxRowWarps / 4], int warps) {
-  float* const partial = reinterpret_cast<float*>(sums);
-  const int lane = threadIdx.x % kWarpSize;
-  if (lane == 0) partial[threadIdx.x / kWarpSize] = value;
-  if (threadIdx.x < kWarpSize && lane >= warps) partial[lane] = 0.0f;  // to whole vectors
-  __syncthreads();
-  float sum = 0.0f;
+// Sum of what the warps of a row have left in whole vectors.
+template <typename Vector>
+__device__ __forceinline__ auto sum_of_vectors(const Vector (&sums)[kMaxRowWarps / 4], int warps) {
+  decltype(sums[0].x) sum = 0;
 #pragma unroll 1
   for (int i = 0; 4 * i < warps; ++i) {
-    const float4 four = sums[i];
+    const Vector four = sums[i];
     sum += (four.x + four.y) + (four.z + four.w);
   }
   return sum;
 }
 
+// Sum of what each warp of a row has; every thread gets it. sums: nothing else uses it.
+__device__ __forceinline__ float sum_over_warps(float value, float4 (&sums)[kMaxRowWarps / 4], int warps) {
+  float* const partial = reinterpret_cast<float*>(sums);
+  const int lane = threadIdx.x % kWarpSize;
+  if (lane == 0) partial[threadIdx.x / kWarpSize] = value;
+  if (threadIdx.x < kWarpSize && lane >= warps) partial[lane] = 0.0f;
+  __syncthreads();
+  return sum_of_vectors(sums, warps);
+}
+
 // A lane's chunks 2t, 2t + 1, 8 + 2t, 9 + 2t have a byte each in `word`. Neighbouring lanes exchange halves, so that each has 4 bytes of
-// the 16 of its block that lie side by side: the lanes of a quad those at byte 0, 8, 4, 12.
+// the 16 of its block that lie side by side, from gathered_byte() on: the lanes of a quad those at byte 0, 8, 4, 12.
 __device__ __forceinline__ uint32_t gather_bytes(uint32_t word) {
   const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, word, 1);
   return __byte_perm(word, other, (threadIdx.x & 1) == 0 ? 0x5410 : 0x3276);
 }
+__device__ __forceinline__ uint32_t gathered_byte() { return (threadIdx.x & 1) * 8 + (threadIdx.x & 2) * 2; }
+
+// Adds to the tiles the products of the 16 runs of a chunk, the words x and z or y and w of the four lanes of a quad, with 8 of them: their
+// squares are on the diagonal of the first 8 rows of tiles[0] and of the last 8 of tiles[1]; the other rows are of no use.
+template <DType DTYPE>
+__device__ __forceinline__ void add_squares(float (&tiles)[2][4], const uint4& chunk) {
+  const uint32_t a[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  PairOf<DTYPE>::mma(tiles[0], a, chunk.x, chunk.z);
+  PairOf<DTYPE>::mma(tiles[1], a, chunk.y, chunk.w);
+}
+
+// This lane's share of the diagonals.
+__device__ __forceinline__ float sum_of_diagonals(const float (&tiles)[2][4]) {
+  const uint32_t row = threadIdx.x % kWarpSize / 4;
+  const float sum = (row & 1) == 0 ? tiles[0][0] + tiles[1][2] : tiles[0][1] + tiles[1][3];
+  return threadIdx.x % 4 == row / 2 ? sum : 0.0f;
+}
 
 // The rotation of a lane's 32 values (four chunks of 16-bit values) on the tensor cores, without moving a value between lanes. A of a
-// product holds 16 runs of 16 values, B is +-H_16/16: exact in both types, products are exact and sums are in float32. A run is the two
-// values of a word, two words of a chunk and the four lanes of a quad, and B's columns have the same order. A second product adds or
-// subtracts the neighbouring chunk; strides 2 and 64 remain for the registers. Gives x H/16 = x_h/sqrt(2).
+// product holds 16 runs of 16 values, two words of a chunk in the four lanes of a quad; B is +-H_16/16: exact in both types, products are
+// exact and sums are in float32. B's columns have the order of a run. A second product adds or subtracts the neighbouring chunk; strides 2
+// and 64 remain for the registers. Gives x H/16 = x_h/sqrt(2). Returns this lane's share of the squares of raw, whose products lie between
+// the others, which wait for each other.
 template <DType DTYPE>
-__device__ __forceinline__ void hadamard_tensor_cores(float (&x)[kQuadValues], const RawChunk<DTYPE> (&raw)[4]) {
+__device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], const RawChunk<DTYPE> (&raw)[4]) {
   // Entry (k, n) of H_16 is -1 to the number of bits that k and n share. This lane's are k = 2t, 2t + 1 (and 8 more) of column lane/4 (and
   // 8 more): the last two differ in the sign where both are the upper ones.
   constexpr uint32_t kSixteenth = DTYPE == DType::kBFloat16 ? 0x3D80u : 0x2C00u;
@@ -447,16 +476,19 @@ __device__ __forceinline__ void hadamard_tensor_cores(float (&x)[kQuadValues], c
   const uint32_t high = low ^ (column & 1);
   const uint32_t plus = (kSixteenth | low << 15) | (kSixteenth | high << 15) << 16;
   const uint32_t minus = plus ^ 0x80008000u;
+  float squares[2][4] = {};
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
     const uint4 first = raw[i].vectors[0], second = raw[i + 1].vectors[0];
     const uint32_t a[4] = {first.x, first.y, first.z, first.w};
     const uint32_t b[4] = {second.x, second.y, second.z, second.w};
     float sums[4][4] = {};  // four values side by side each: two for the first chunk, two for the second
+    add_squares<DTYPE>(squares, first);
     Mma::mma(sums[0], a, plus, plus);
     Mma::mma(sums[1], a, plus, minus);
     Mma::mma(sums[2], a, plus, plus);
     Mma::mma(sums[3], a, plus, minus);
+    add_squares<DTYPE>(squares, second);
     Mma::mma(sums[0], b, plus, plus);
     Mma::mma(sums[1], b, plus, minus);
     Mma::mma(sums[2], b, minus, minus);
@@ -466,28 +498,150 @@ __device__ __forceinline__ void hadamard_tensor_cores(float (&x)[kQuadValues], c
   }
   butterfly<kQuadValues, 2>(x);
   butterfly<kQuadValues, 16>(x);
+  return sum_of_diagonals(squares);
 }
 
-// Replaces x by rint(x_h/step + shift) as integers in the low 16 bits (|x_h| is at most sigma sqrt(K), so they suffice). Returns the signs
-// of limit - |x_h|, or of limit - |x-hat - x_h|, the first value's lowest.
-template <bool ERROR_MASK>
-__device__ __forceinline__ uint32_t round_values(float (&x)[kQuadValues], const BlocksProblem& problem, float slope, float limit,
-                                                 float register_scale) {
-  uint32_t fails = 0;
+// The signs of 32 numbers, the first one's lowest; number(i) gives them. (In two or four words at once it takes 1 to 2 % longer.)
+template <typename Number>
+__device__ __forceinline__ uint32_t gather_signs(const Number& number) {
+  uint32_t signs = 0;
 #pragma unroll
-  for (int i = kQuadValues - 1; i >= 0; --i) {
-    // Two roundings, as on the CPU, also of what lies just above a boundary at 0.
-    const float rounded = __fadd_rn(__fmaf_rn(x[i], slope, problem.shift), kIntegerFloat);
-    float distance = x[i];
-    if constexpr (ERROR_MASK) {
-      const float code = rounded - (kIntegerFloat - static_cast<float>(problem.offset & 0xFFFFu));
-      const float clamped = fminf(fmaxf(code, 0.0f), static_cast<float>(problem.largest_code & 0xFFFFu));
-      distance = fmaf(fmaf(clamped, problem.level_mul, problem.level_add), register_scale, -x[i]);
+  for (int i = kQuadValues - 1; i >= 0; --i) signs = __funnelshift_l(__float_as_uint(number(i)), signs, 1);
+  return signs;
+}
+
+// x_h/step + shift, rounded. The CPU rounds twice, to this and then to an integer: so does this kernel, or what lies just above a boundary
+// at 0 would be on the other side.
+__device__ __forceinline__ float shifted(const BlocksProblem& problem, float x, float slope) { return __fmaf_rn(x, slope, problem.shift); }
+
+// Signs of limit - |x-hat - x_h|: where the error exceeds it.
+__device__ __forceinline__ uint32_t fails_of_error(const BlocksProblem& problem, const float (&x)[kQuadValues], float slope, float limit,
+                                                   float register_scale) {
+  const float largest = static_cast<float>(problem.largest_code & 0xFFFFu), offset = static_cast<float>(problem.offset & 0xFFFFu);
+  return gather_signs([&](int i) {
+    const float code = __fadd_rn(shifted(problem, x[i], slope), kIntegerFloat) - (kIntegerFloat - offset);
+    const float clamped = fminf(fmaxf(code, 0.0f), largest);
+    return limit - fabsf(fmaf(fmaf(clamped, problem.level_mul, problem.level_add), register_scale, -x[i]));
+  });
+}
+
+// ---- codes of 32 values. They write those of a block that exists and return their sum. all: ones, or zeros for a row without numbers,
+// whose codes are 0.
+
+// int1 as a plane: a bit is set above the boundary, which lies where the CPU's first rounding (see `shifted`) leaves more than 1/2.
+__device__ __forceinline__ uint32_t write_bits(const BlocksProblem& problem, const float (&x)[kQuadValues], float boundary, uint32_t all,
+                                               uint32_t block, bool exists) {
+  const uint32_t bits = gather_signs([&](int i) { return boundary - x[i]; }) & all;
+  const uint32_t gathered = gather_bytes(bits);
+  if (exists) *reinterpret_cast<uint32_t*>(problem.codes + (uint64_t{block} * 16 + gathered_byte())) = gathered;
+  return __popc(bits);
+}
+
+// int4 in layout packed or even_odd. A float below 2^-126 has the bits of an integer: its multiple of 2^-149. One addition so rounds to an
+// integer, ties to even, with which the conversion to 4 bits clamps and packs; a negative one is a negative integer for it. To keep the
+// CPU's ties, the offset must be even: 8 - rint(x_h/step + shift) is 15 less the code.
+__device__ __forceinline__ uint32_t write_nibbles(const BlocksProblem& problem, const float (&x)[kQuadValues], float slope, uint32_t all,
+                                                  uint32_t block, bool exists) {
+  constexpr float kUnit = 0x1p-149f;
+  uint32_t words[4];  // of 8 codes
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] = 0;
+#pragma unroll
+    for (int j = kChunk - 2; j >= 0; j -= 2) {
+      auto integer = [&](int k) { return __float_as_uint(__fmaf_rn(shifted(problem, x[i * kChunk + k], slope), -kUnit, 8 * kUnit)); };
+      words[i] = pack_nibbles(integer(j), integer(j + 1), words[i]);
     }
-    fails = __funnelshift_l(__float_as_uint(limit - fabsf(distance)), fails, 1);
-    x[i] = rounded;
   }
-  return fails;
+  uint2 halves[4];  // of the bytes of each word
+  uint32_t sums = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] = ~words[i] & all;
+    halves[i] = make_uint2(words[i] & 0x0F0F0F0Fu, words[i] >> 4 & 0x0F0F0F0Fu);
+    sums += halves[i].x + halves[i].y;  // at most 8 times 15 in a byte
+  }
+  const int quad_lane = threadIdx.x % 4;
+  if (exists) {
+    if (problem.layout == Layout::kPacked) {
+      uint2* const target = reinterpret_cast<uint2*>(problem.codes + (uint64_t{block} * (kQuadBlock / 2) + quad_lane * 8));
+      target[0] = make_uint2(words[0], words[1]);
+      target[4] = make_uint2(words[2], words[3]);
+    } else {
+      uint2* const target = reinterpret_cast<uint2*>(problem.codes + (uint64_t{block} * kQuadBlock + quad_lane * 8));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // 64 columns, of which this lane has 16 neighbours
+        target[8 * i] = make_uint2(halves[2 * i].x, halves[2 * i + 1].x);
+        target[8 * i + 4] = make_uint2(halves[2 * i].y, halves[2 * i + 1].y);
+      }
+    }
+  }
+  return __dp4a(sums, 0x01010101u, 0u);
+}
+
+// Any grid in any layout.
+__device__ __forceinline__ uint32_t write_codes(const BlocksProblem& problem, const float (&x)[kQuadValues], float slope, uint32_t all,
+                                                uint32_t block, bool exists) {
+  const int quad_lane = threadIdx.x % 4;
+  // Integers in the low 16 bits: |x_h| is at most sigma sqrt(K), so they suffice.
+  auto rounded = [&](int i) { return __float_as_uint(__fadd_rn(shifted(problem, x[i], slope), kIntegerFloat)); };
+  auto pair = [&](int i, int j) {
+    return __viaddmin_s16x2_relu(__byte_perm(rounded(i), rounded(j), 0x5410), problem.offset, problem.largest_code);
+  };
+  // Four codes a word: of neighbouring values; for planes, word j has value j of each chunk.
+  uint32_t words[8];
+  if (problem.layout == Layout::kPlanes) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) words[j] = __byte_perm(pair(j, kChunk + j), pair(2 * kChunk + j, 3 * kChunk + j), 0x6420) & all;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) words[j] = __byte_perm(pair(4 * j, 4 * j + 1), pair(4 * j + 2, 4 * j + 3), 0x6420) & all;
+  }
+  uint32_t code_sum = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) code_sum = __dp4a(words[j], 0x01010101u, code_sum);
+
+  if (problem.layout == Layout::kPacked) {
+    uint2* const target = reinterpret_cast<uint2*>(problem.codes + (uint64_t{block} * (kQuadBlock / 2) + quad_lane * 8));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t* four = words + 4 * i;
+      const uint2 packed = make_uint2(codes_to_nibbles(make_uint2(four[0], four[1])), codes_to_nibbles(make_uint2(four[2], four[3])));
+      if (exists) target[4 * i] = packed;
+    }
+  } else if (problem.layout == Layout::kEvenOdd) {
+    uint2* const target = reinterpret_cast<uint2*>(problem.codes + (uint64_t{block} * kQuadBlock + quad_lane * 8));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t* four = words + 4 * i;
+      if (exists) {
+        target[8 * i] = make_uint2(__byte_perm(four[0], four[1], 0x6420), __byte_perm(four[2], four[3], 0x6420));
+        target[8 * i + 4] = make_uint2(__byte_perm(four[0], four[1], 0x7531), __byte_perm(four[2], four[3], 0x7531));
+      }
+    }
+  } else if (problem.layout == Layout::kPlanes) {
+    uint8_t* const target = problem.codes + (uint64_t{block} * 16 + gathered_byte());
+    for (int p = 0; p < problem.bits; ++p) {
+      // Bit p of the bytes of word j becomes bit j of the bytes of the plane.
+      uint32_t plane = 0;
+#pragma unroll
+      for (int j = 7; j >= 0; --j) plane = plane << 1 | (words[j] >> p & 0x01010101u);
+      plane = gather_bytes(plane);
+      if (exists) *reinterpret_cast<uint32_t*>(target + p * problem.plane_bytes) = plane;
+    }
+  } else {
+    uint4* const target = reinterpret_cast<uint4*>(problem.codes + (uint64_t{block} * kQuadBlock + quad_lane * 16));
+    if (problem.layout == Layout::kValues) {
+      // Bytes 0 in a row that holds no numbers.
+#pragma unroll
+      for (int j = 0; j < 8; ++j) words[j] = ((words[j] * problem.stored_mul + problem.stored_add) ^ 0x80808080u) & all;
+    }
+    if (exists) {
+      target[0] = make_uint4(words[0], words[1], words[2], words[3]);
+      target[4] = make_uint4(words[4], words[5], words[6], words[7]);
+    }
+  }
+  return code_sum;
 }
 
 // A warp holds 8 blocks of 128 values, 32 values a lane. Lane t of a quad has the chunks 2t, 2t + 1, 8 + 2t, 9 + 2t of its block: a pair of
@@ -502,38 +656,36 @@ template <DType DTYPE, bool ROTATE, PrologueKind PROLOGUE>
 __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64
                                                           : 56) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
   __shared__ float4 square_sums[kMaxRowWarps / 4];
-  __shared__ int32_t row_code_sum;
+  __shared__ uint4 code_sums[kMaxRowWarps / 4];
   constexpr bool kTensorCores = ROTATE && DTYPE != DType::kFloat32;
   using Raw = RawChunk<DTYPE>;
 
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
   const int block = warp * kWarpBlocks + lane / 4;
-  const int quad_lane = lane % 4;
-  const bool exists = row < problem.rows && block < problem.blocks;
-  const int64_t row_block = row * problem.blocks + block;
+  const bool exists = row < static_cast<uint32_t>(problem.rows) && block < problem.blocks;
+  const uint32_t row_block = row * static_cast<uint32_t>(problem.blocks) + static_cast<uint32_t>(block);  // of all rows' blocks
 
   wait_for_prerequisites();
-  Raw raw[4];
-  auto address = [&](const uint8_t* base, int64_t at, int i) {  // of this lane's i-th chunk of block `at`
-    return base + (at * (kQuadBlock / kChunk) + 2 * quad_lane + i / 2 * 8 + i % 2) * Raw::kBytes;
-  };
-  auto load = [&](Raw(&chunks)[4], const uint8_t* base, int64_t at) {
+  auto load = [&](Raw(&chunks)[4], const uint8_t* base, uint64_t at) {  // this lane's chunks of block `at`
+    const uint8_t* const source = base + (at * (kQuadBlock / kChunk) + threadIdx.x % 4 * 2) * Raw::kBytes;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       chunks[i].clear();
-      if (exists) chunks[i].load(address(base, at, i));
+      if (exists) chunks[i].load(source + (i / 2 * 8 + i % 2) * Raw::kBytes);
     }
   };
-  float x[kQuadValues];
+
+  Raw raw[4];
   if constexpr (PROLOGUE == PrologueKind::kNone) {
     load(raw, problem.x, row_block);
   } else if constexpr (PROLOGUE == PrologueKind::kSiluMul) {
     Raw up[4];
-    load(raw, problem.x, row_block + row * problem.blocks);
-    load(up, problem.x, row_block + (row + 1) * problem.blocks);
+    const uint64_t gate = uint64_t{row_block} + row * static_cast<uint32_t>(problem.blocks);
+    load(raw, problem.x, gate);
+    load(up, problem.x, gate + problem.blocks);
 #pragma unroll
     for (int i = 0; i < 4; ++i) silu_mul(raw[i], up[i]);
   } else {
@@ -543,25 +695,24 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64
     Raw weight[4];
     load(raw, problem.x, row_block);
     if constexpr (kLoadsAhead) load(weight, problem.norm_weight, block);
-    float partial[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float squares = 0.0f;
+    if constexpr (DTYPE != DType::kFloat32) {
+      float tiles[2][4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float values[kChunk];
-      raw[i].to_floats(values);
+      for (int i = 0; i < 4; ++i) add_squares<DTYPE>(tiles, raw[i].vectors[0]);
+      squares = sum_of_diagonals(tiles);
+    } else {
+      float values[kQuadValues];
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) partial[j % 4] = fmaf(values[j], values[j], partial[j % 4]);
+      for (int i = 0; i < 4; ++i) raw[i].to_floats(values + i * kChunk);
+      squares = sum_of_squares(values);
     }
-    float squares = sum_over_warp((partial[0] + partial[1]) + (partial[2] + partial[3]));
+    squares = sum_over_warp(squares);
     if (warps > 1) squares = sum_over_warps(squares, input_sums, warps);
     if constexpr (!kLoadsAhead) load(weight, problem.norm_weight, block);
     const float factor = norm_factor(squares, problem.one_over_k, problem.norm_epsilon);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // Converted again, not kept as floats, for which there are no registers.
-      if constexpr (kLoadsAhead) {
-        uint4& four = raw[i].vectors[0];
-        asm volatile("" : "+r"(four.x), "+r"(four.y), "+r"(four.z), "+r"(four.w));
-      }
       float values[kChunk], w[kChunk];
       raw[i].to_floats(values);
       weight[i].to_floats(w);
@@ -570,13 +721,16 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64
       raw[i].from_floats(values);
     }
   }
+  float x[kQuadValues];
+  float squares = 0.0f;
   if constexpr (kTensorCores) {
-    hadamard_tensor_cores<DTYPE>(x, raw);
+    squares = hadamard_tensor_cores<DTYPE>(x, raw);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) raw[i].to_floats(x + i * kChunk);
+    squares = sum_of_squares(x);
   }
-  float squares = sum_over_warp(sum_of_squares(x));
+  squares = sum_over_warp(squares);
   if constexpr (ROTATE && !kTensorCores) {
     butterfly<kQuadValues, 1>(x);
     butterfly<kQuadValues, 2>(x);
@@ -587,94 +741,38 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64
     butterfly<kQuadValues, 16>(x);
   }
   if (warps > 1) {
-    if (threadIdx.x == 0) row_code_sum = 0;
+    if (threadIdx.x < kMaxRowWarps && lane >= warps) reinterpret_cast<uint32_t*>(code_sums)[lane] = 0;  // to whole vectors
     squares = sum_over_warps(squares, square_sums, warps);
   }
 
-  const bool finite = squares <= problem.largest_sum;
-  const float sigma = __fsqrt_rn(__fmul_rn(squares, problem.mean));
+  const bool finite = squares <= kLargestFloat;
+  const float sigma = __fsqrt_rn(__fmul_rn(squares, problem.one_over_k));
   const float scale = __fadd_rn(__fmul_rn(problem.scale_factor, sigma), problem.scale_epsilon);
   const float slope = finite && scale > 0.0f ? __fdividef(problem.gain_over_steps, scale) : 0.0f;
-  const float limit = fmaf(sigma, problem.limit_factor, problem.limit_add);
-  const uint32_t fails = problem.error_mask ? round_values<true>(x, problem, slope, limit, scale * problem.inverse_gain)
-                                            : round_values<false>(x, problem, slope, limit, 0.0f);
-
-  // Masks and planes have 16 bytes a block.
-  const int gathered = (quad_lane & 1) * 8 + (quad_lane & 2) * 2;
+  const uint32_t all = finite ? 0xFFFFFFFFu : 0u;
   if (problem.mask != nullptr) {
-    const uint32_t mask = gather_bytes(finite ? ~fails : 0u);
-    if (exists) *reinterpret_cast<uint32_t*>(problem.mask + row_block * 16 + gathered) = mask;
-  }
-
-  // Four codes a word: of neighbouring values; for planes, word j has value j of each chunk. Without numbers all are 0: x slope is 0, or
-  // NaN, whose low bits are -1.
-  const uint32_t offset = finite ? problem.offset : 0u;
-  auto pair = [&](int i, int j) {
-    const uint32_t rounded = __byte_perm(__float_as_uint(x[i]), __float_as_uint(x[j]), 0x5410);
-    return __viaddmin_s16x2_relu(rounded, offset, problem.largest_code);
-  };
-  uint32_t words[8];
-  if (problem.layout == Layout::kPlanes) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) words[j] = __byte_perm(pair(j, kChunk + j), pair(2 * kChunk + j, 3 * kChunk + j), 0x6420);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) words[j] = __byte_perm(pair(4 * j, 4 * j + 1), pair(4 * j + 2, 4 * j + 3), 0x6420);
+    const float limit = fmaf(sigma, problem.limit_factor, problem.limit_add);
+    const uint32_t fails = problem.error_mask ? fails_of_error(problem, x, slope, limit, scale * problem.inverse_gain)
+                                              : gather_signs([&](int i) { return limit - fabsf(x[i]); });
+    const uint32_t mask = gather_bytes(~fails & all);
+    if (exists) *reinterpret_cast<uint32_t*>(problem.mask + (uint64_t{row_block} * 16 + gathered_byte())) = mask;
   }
   uint32_t code_sum = 0;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) code_sum = __dp4a(words[j], 0x01010101u, code_sum);
-
-  if (problem.layout == Layout::kPacked) {
-    uint2* target = reinterpret_cast<uint2*>(problem.codes + row_block * (kQuadBlock / 2) + quad_lane * 8);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t* four = words + 4 * i;
-      const uint2 packed = make_uint2(codes_to_nibbles(make_uint2(four[0], four[1])), codes_to_nibbles(make_uint2(four[2], four[3])));
-      if (exists) target[4 * i] = packed;
-    }
-  } else if (problem.layout == Layout::kEvenOdd) {
-    uint2* target = reinterpret_cast<uint2*>(problem.codes + row_block * kQuadBlock + quad_lane * 8);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {  // 64 columns, of which this lane has 16 neighbours
-      const uint32_t* four = words + 4 * i;
-      if (exists) {
-        target[8 * i] = make_uint2(__byte_perm(four[0], four[1], 0x6420), __byte_perm(four[2], four[3], 0x6420));
-        target[8 * i + 4] = make_uint2(__byte_perm(four[0], four[1], 0x7531), __byte_perm(four[2], four[3], 0x7531));
-      }
-    }
-  } else if (problem.layout == Layout::kPlanes) {
-    uint8_t* target = problem.codes + row_block * 16 + gathered;
-    for (int p = 0; p < problem.bits; ++p) {
-      // Bit p of the bytes of word j becomes bit j of the bytes of the plane.
-      uint32_t plane = 0;
-#pragma unroll
-      for (int j = 7; j >= 0; --j) plane = plane << 1 | (words[j] >> p & 0x01010101u);
-      plane = gather_bytes(plane);
-      if (exists) *reinterpret_cast<uint32_t*>(target + p * problem.plane_bytes) = plane;
-    }
-  } else {
-    uint4* target = reinterpret_cast<uint4*>(problem.codes + row_block * kQuadBlock + quad_lane * 16);
-    if (problem.layout == Layout::kValues) {
-      const uint32_t add = finite ? problem.stored_add : 0x80808080u;  // bytes 0 in a row that holds no numbers
-#pragma unroll
-      for (int j = 0; j < 8; ++j) words[j] = (words[j] * problem.stored_mul + add) ^ 0x80808080u;
-    }
-    if (exists) {
-      target[0] = make_uint4(words[0], words[1], words[2], words[3]);
-      target[4] = make_uint4(words[4], words[5], words[6], words[7]);
-    }
+  switch (problem.code_kind) {
+    case CodeKind::kNibble: code_sum = write_nibbles(problem, x, slope, all, row_block, exists); break;
+    case CodeKind::kBit: code_sum = write_bits(problem, x, scale * problem.boundary_factor, all, row_block, exists); break;
+    case CodeKind::kAny: code_sum = write_codes(problem, x, slope, all, row_block, exists); break;
   }
 
-  int32_t row_sum = __reduce_add_sync(0xFFFFFFFFu, exists ? static_cast<int32_t>(code_sum) : 0);
+  code_sum = __reduce_add_sync(0xFFFFFFFFu, exists ? code_sum : 0);
   if (warps > 1) {
-    if (lane == 0) atomicAdd(&row_code_sum, row_sum);
+    if (lane == 0) reinterpret_cast<uint32_t*>(code_sums)[warp] = code_sum;
     __syncthreads();
-    row_sum = row_code_sum;
+    if (warp == 0) code_sum = sum_of_vectors(code_sums, warps);
   }
-  if (threadIdx.x == 0 && row < problem.rows) {
+  if (threadIdx.x == 0 && row < static_cast<uint32_t>(problem.rows)) {
     problem.scale[row] = finite ? scale : NAN;
-    problem.code_sum[row] = row_sum;
+    problem.code_sum[row] = static_cast<int32_t>(code_sum);
   }
 }
 
@@ -685,14 +783,14 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   const PrologueKind prologue = problem.prologue.kind;
   // A prologue without a rotation is too rare for kernels of its own.
   const bool suits = kind != GridKind::kFp4 && kind != GridKind::kGauss && !problem.sparse && problem.k > 0 &&
-                     problem.k % kQuadBlock == 0 && problem.k <= kMaxRowWarps * kWarpBlocks * kQuadBlock && is_aligned(problem.x, 16) &&
+                     problem.k % kQuadBlock == 0 && problem.k <= kMaxRowWarps * kWarpBlocks * kQuadBlock &&
+                     problem.rows * (problem.k / kQuadBlock) <= INT32_MAX && is_aligned(problem.x, 16) &&
                      is_aligned(problem.output.codes, 16) && is_aligned(problem.output.mask, 16) &&
                      is_aligned(problem.prologue.weight, 16) && (rotate || prologue == PrologueKind::kNone);
   if (!suits) return false;
   const bool tensor_cores = rotate && problem.dtype != DType::kFloat32;
   // What the registers hold times this is x_h: with the tensor cores x H/16, else x H, instead of x H/sqrt(128).
   const double gain = tensor_cores ? 16 / std::sqrt(128.0) : rotate ? 1 / std::sqrt(128.0) : 1.0;
-  const double square_gain = tensor_cores ? 2.0 : 1.0;  // float32 is squared before its rotation
   const UniformGrid grid = uniform_grid(quantizer.grid);
   const QuantizeParams& params = problem.params;
   const double scale_factor = params.scale_factor, scale_epsilon = params.scale_epsilon, mask_factor = params.mask_factor;
@@ -706,13 +804,11 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   blocks.scale = problem.output.scale;
   blocks.code_sum = problem.output.code_sum;
   blocks.mask = problem.output.mask;
-  blocks.rows = problem.rows;
+  blocks.rows = static_cast<int32_t>(problem.rows);
   blocks.plane_bytes = problem.rows * problem.code_row_bytes;
   blocks.blocks = static_cast<int32_t>(problem.k / kQuadBlock);
   blocks.bits = problem.bits;
   blocks.layout = problem.layout;
-  blocks.mean = static_cast<float>(square_gain / static_cast<double>(problem.k));
-  blocks.largest_sum = kLargestFloat / static_cast<float>(square_gain);
   blocks.scale_factor = params.scale_factor;
   blocks.scale_epsilon = params.scale_epsilon;
   blocks.gain_over_steps = static_cast<float>(gain / grid.steps);
@@ -730,6 +826,12 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
     default: blocks.limit_add = INFINITY;
   }
   blocks.error_mask = params.mask_kind == kMaskError;
+  blocks.code_kind = CodeKind::kAny;
+  const bool nibbles = problem.layout == Layout::kPacked || problem.layout == Layout::kEvenOdd;
+  if (kind == GridKind::kInt && quantizer.grid.bits == 1 && problem.layout == Layout::kPlanes) blocks.code_kind = CodeKind::kBit;
+  if (kind == GridKind::kInt && quantizer.grid.bits == 4 && nibbles) blocks.code_kind = CodeKind::kNibble;
+  // 1/2 + x_h/step is rounded to more than 1/2 from 2^-25 on.
+  blocks.boundary_factor = static_cast<float>(0x1p-25 * grid.steps / gain);
   blocks.shift = grid.shift;
   blocks.offset = static_cast<uint32_t>(grid.offset) * 0x00010001u;
   blocks.largest_code = static_cast<uint32_t>(params.levels - 1) * 0x00010001u;
