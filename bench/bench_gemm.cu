@@ -2,12 +2,14 @@
 // GPU really ran at, which tells a kernel that waits from a GPU that is out of power. Prints CSV. Results are compared with the CPU
 // backend's before anything is timed. bench/run.py has the peers.
 //
-// bench_gemm CASE [M N K]...    CASE: w4a4, w1a1, w2a2, w4a8, w8a8 ... (wXaY), w4a4s with a 4:8 sparse weight; without shapes, the paper's
-//                               7B layers
+// bench_gemm CASE [M N K]...    CASE: w4a4, w1a1, w2a2, w4a8, w8a8 ... (wXaY), w4a4s with a 4:8 sparse weight, w1a16 ... with activations
+//                               of bfloat16; without shapes, the paper's 7B layers
 #include <cuda_bf16.h>
 
 #include <array>
+#include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "bench.h"
 #include "quest/cuda/gemm.h"
@@ -110,37 +112,76 @@ __global__ void read_clock(Instant* instant) {
 using Product = void (*)(const Operand&, const Operand&, const float*, void*, DType, int64_t, int64_t, int64_t, cudaStream_t);
 using HostProduct = void (*)(const Operand&, const Operand&, const float*, void*, DType, int64_t, int64_t, int64_t, const ParallelFor&);
 
-void bench_shape(const std::string& name, Grid a_grid, Grid w_grid, Sparsity sparsity, int64_t m, int64_t n, int64_t k,
+// What a product of the first rows gives on the CPU.
+void check_codes(const std::string& name, HostProduct product, const Codes& a, const Codes& w, Grid a_grid, Layout a_layout,
+                 const Buffer& y, int64_t m, int64_t n, int64_t k) {
+  const int64_t rows = std::min<int64_t>(m, kCheckedRows);
+  std::vector<uint8_t> expected(rows * n * 2);
+  Codes::Host host_a = a.host();
+  const Codes::Host host_w = w.host();
+  if (a_layout == Layout::kPlanes) {  // the checked rows of each plane, side by side
+    for (int plane = 1; plane < a_grid.bits; ++plane) {
+      std::memmove(host_a.data.data() + plane * rows * row_bytes(a_layout, k), host_a.data.data() + plane * m * row_bytes(a_layout, k),
+                   rows * row_bytes(a_layout, k));
+    }
+  }
+  product(host_a.operand, host_w.operand, nullptr, expected.data(), DType::kBFloat16, rows, n, k, serial);
+  expect(to_host(y.as(), rows * n * 2) == expected, name + ": another product than the CPU's");
+}
+
+// The same for real activations, whose sums round: up to a hundredth of the largest.
+void check_reals(const std::string& name, const Arena& arena, const Codes& w, const Buffer& y, int64_t m, int64_t n, int64_t k) {
+  const int64_t rows = std::min<int64_t>(m, kCheckedRows);
+  const std::vector<uint8_t> x = to_host(arena.source, rows * k * 2), got = to_host(y.as(), rows * n * 2);
+  std::vector<uint8_t> expected(rows * n * 2);
+  const Codes::Host host_w = w.host();
+  gemm_weight_only(x.data(), host_w.operand, nullptr, expected.data(), DType::kBFloat16, rows, n, k, serial);
+  auto value = [](const std::vector<uint8_t>& bytes, int64_t i) {
+    const uint32_t bits = static_cast<uint32_t>(bytes[2 * i]) << 16 | static_cast<uint32_t>(bytes[2 * i + 1]) << 24;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+  };
+  float largest = 0, error = 0;
+  for (int64_t i = 0; i < rows * n; ++i) {
+    largest = std::max(largest, std::abs(value(expected, i)));
+    error = std::max(error, std::abs(value(got, i) - value(expected, i)));
+  }
+  expect(error <= 0.01f * largest, name + ": another product than the CPU's");
+}
+
+// a_grid: nullptr for activations of bfloat16.
+void bench_shape(const std::string& name, const Grid* a_grid, Grid w_grid, Sparsity sparsity, int64_t m, int64_t n, int64_t k,
                  const Arena& arena) {
   const GemmShape mnk{m, n, k};
-  const GemmOperands operands = plan_operands(w_grid, &a_grid, sparsity, &mnk);
+  const GemmOperands operands = plan_operands(w_grid, a_grid, sparsity, &mnk);
   Product product = cuda::gemm_int8;
   HostProduct host_product = gemm_int8;
   double operations_a_cycle = 8192;  // of a multiprocessor's tensor cores on Hopper
   if (operands.family == GemmFamily::kInt4) product = cuda::gemm_int4, host_product = gemm_int4;
   if (operands.family == GemmFamily::kPlanes) product = cuda::gemm_planes, host_product = gemm_planes, operations_a_cycle = 65536;
   if (operands.family == GemmFamily::kSparse) product = cuda::gemm_sparse, host_product = gemm_sparse, operations_a_cycle = 16384;
+  if (a_grid == nullptr) operations_a_cycle = 4096;
   const int64_t w_bytes = n * row_bytes(operands.w, k) * (operands.w == Layout::kPlanes ? w_grid.bits : 1);
   const int copies = std::min(buffer_count(static_cast<double>(w_bytes)), 64);
-  const Codes a(arena, a_grid, Sparsity::kNone, operands.a, m, k, 1), w(arena, w_grid, sparsity, operands.w, n, k, copies);
+  const Codes w(arena, w_grid, sparsity, operands.w, n, k, copies);
+  std::optional<Codes> a;
+  if (a_grid != nullptr) a.emplace(arena, *a_grid, Sparsity::kNone, operands.a, m, k, 1);
   const Buffer y(m * n * 2);
 
   auto launch = [&](cudaStream_t stream, int i) {
-    product(a.device(0), w.device(i % copies), nullptr, y.as(), DType::kBFloat16, m, n, k, stream);
+    if (a_grid != nullptr) {
+      product(a->device(0), w.device(i % copies), nullptr, y.as(), DType::kBFloat16, m, n, k, stream);
+    } else {
+      cuda::gemm_weight_only(arena.source, w.device(i % copies), nullptr, y.as(), DType::kBFloat16, m, n, k, stream);
+    }
   };
   launch(nullptr, 0);
-  const int64_t rows = std::min<int64_t>(m, kCheckedRows);
-  std::vector<uint8_t> expected(rows * n * 2);
-  Codes::Host host_a = a.host();
-  const Codes::Host host_w = w.host();
-  if (operands.a == Layout::kPlanes) {  // the checked rows of each plane, side by side
-    for (int plane = 1; plane < a_grid.bits; ++plane) {
-      std::memmove(host_a.data.data() + plane * rows * row_bytes(operands.a, k), host_a.data.data() + plane * m * row_bytes(operands.a, k),
-                   rows * row_bytes(operands.a, k));
-    }
+  if (a_grid != nullptr) {
+    check_codes(name, host_product, *a, w, *a_grid, operands.a, y, m, n, k);
+  } else {
+    check_reals(name, arena, w, y, m, n, k);
   }
-  host_product(host_a.operand, host_w.operand, nullptr, expected.data(), DType::kBFloat16, rows, n, k, serial);
-  expect(to_host(y.as(), rows * n * 2) == expected, name + ": another product than the CPU's");
 
   const double operations = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   const double expected_us = 3 + operations / 1.5e9;
@@ -160,7 +201,7 @@ void bench_shape(const std::string& name, Grid a_grid, Grid w_grid, Sparsity spa
   const double ghz = static_cast<double>(read[1].cycles - read[0].cycles) / static_cast<double>(read[1].ns - read[0].ns);
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "cudaDeviceGetAttribute");
-  const double products = operands.family == GemmFamily::kPlanes ? a_grid.bits * w_grid.bits : 1;
+  const double products = operands.family == GemmFamily::kPlanes ? a_grid->bits * w_grid.bits : 1;
   const double cycles = operations * products / operations_a_cycle / multiprocessors;
   std::printf("%s,%s,%ld,%ld,%ld,%.2f,%.1f,%.1f,%.3f,%.3f,%s\n", name.c_str(), to_string(operands.family).c_str(), static_cast<long>(m),
               static_cast<long>(n), static_cast<long>(k), times.us, times.spread_pct, operations / times.us / 1e6, ghz,
@@ -181,11 +222,12 @@ void run(int argc, char** argv) {
         shapes.push_back({m, n, k});
     }
   }
+  const Grid a_grid{GridKind::kInt, a_bits};
   const Arena arena;
   fill_normal<__nv_bfloat16>(arena);
   std::printf("case,family,M,N,K,time_us,spread_pct,tops,sm_ghz,tensor_share,gpu\n");
   for (const auto& [m, n, k] : shapes) {
-    bench_shape(argv[1], Grid{GridKind::kInt, a_bits}, Grid{GridKind::kInt, w_bits}, sparsity, m, n, k, arena);
+    bench_shape(argv[1], a_bits == 16 ? nullptr : &a_grid, Grid{GridKind::kInt, w_bits}, sparsity, m, n, k, arena);
   }
 }
 

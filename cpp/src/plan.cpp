@@ -25,16 +25,19 @@ struct TileRow {
 };
 
 constexpr TileRow kSkinny = {16, 16, "skinny", "few rows: bound by the bytes of w, which are read once, straight to registers"};
-constexpr TileRow kSkinny64 = {64, 16, "skinny_m64", "few rows of packed codes: bound by the bytes of w, which are read once"};
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
 constexpr TileRow kWgmma256 = {256, 128, "wgmma_m256n128", "bound by arithmetic: the most products for each byte copied"};
 constexpr TileRow kWgmma128 = {128, 128, "wgmma_m128n128", "tiles of 256 rows would leave more of the last wave of thread blocks idle"};
-constexpr TileRow kWgmma64 = {64, 128, "wgmma_m64n128",
-                              "few rows: bound by the bytes of w, which are read once; thread blocks of a cluster share K"};
-constexpr TileRow kWgmma16 = {16, 128, "wgmma_m16n128",
-                              "at most 16 rows: bound by the bytes of w, which are read once; thread blocks of a cluster share K"};
+constexpr TileRow kWgmma192 = {128, 192, "wgmma_m128n192",
+                               "tiles of 256 rows and of 128 columns would leave more of the last wave of thread blocks idle"};
+// Tiles of 64 and of 16 rows, of 64, 128 and 192 columns.
+constexpr const char* kFewReason =
+    "few rows: bound by the bytes of w, which are read once; as many columns a thread block as give each multiprocessor one";
+constexpr TileRow kWgmmaFew[2][3] = {
+    {{64, 64, "wgmma_m64n64", kFewReason}, {64, 128, "wgmma_m64n128", kFewReason}, {64, 192, "wgmma_m64n192", kFewReason}},
+    {{16, 64, "wgmma_m16n64", kFewReason}, {16, 128, "wgmma_m16n128", kFewReason}, {16, 192, "wgmma_m16n192", kFewReason}}};
 constexpr TileRow kStationary256 = {kStationaryM, 256, "stationary_n256",
                                     "one plane each: rows of w stay in shared memory, one warpgroup multiplies while the other writes y"};
 constexpr TileRow kStationary128 = {kStationaryM, 128, "stationary_n128",
@@ -43,18 +46,20 @@ constexpr int64_t kHopperSharedBytes = 227 * 1024, kFewestStages = 4;
 // Rows of a up to which blocks of 128 columns are worth it: they read all of a twice as often as blocks of 256 do, and more rows of it
 // leave the L2 cache in between (16384 x 4096 x 11008 on an H200: 171 us, tiles of both operands 146; 4096 rows: 38, 40).
 constexpr int64_t kStationary128Rows = 8192;
-// Time of a tile of 128 rows, in that of one of 256: it copies more bytes for each product and hides less latency (measured on an H100).
-constexpr double kWgmma128Time = 0.7;
-constexpr int32_t kMaxSplit = 4;         // splits of 8 took longer than their shorter loops saved: 16 x 4096 x 4096 on an H100
-constexpr int32_t kMinStages = 4;        // stages a thread block takes at least, so that sums of few stages are not split further
-constexpr int32_t kRoomOf12 = 10;        // of 12 multiprocessors that clusters of 4 find room on together: 120 of 132 of an H100
-constexpr int32_t kSplitBlocksOfSm = 2;  // thread blocks that a multiprocessor holds of the split kernels
+// Times of waves of tiles, in that of one of tiles of 256 rows (a step of 128 columns, measured on an H100). Of 128 rows and 128 or 192
+// columns: half and three quarters of its products, for each of which they copy more bytes. Of 64 rows and 64, 128 and 192 columns: their
+// warpgroups, 4, 2 and 1, share K, and the copy engine brings a multiprocessor some 50 bytes a cycle.
+struct WgmmaTimes {
+  double m128n128, m128n192;  // 0: no such kernel
+  double few[3];
+};
+constexpr WgmmaTimes kBytesTimes = {0.57, 0.8, {0.25, 0.4, 0.67}}, kOtherTimes = {0.7, 0, {0.5, 0.75, 1.1}};
+constexpr int32_t kWgmmaFewSplit[3] = {4, 2, 1};
 
-// Rows of packed codes up to which the kernel for few rows is faster than wgmma on Hopper: its warps unpack a for themselves. Where its
-// thread blocks make few tiles of not too many columns, wgmma has to split K, and is slower up to kSkinnyMostRows. (Elsewhere more than 16
-// rows are not measured.)
-constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32, kSkinnyFewTiles = 3, kSkinnyFewColumns = 8192;
-constexpr int32_t kHopper = 90, kHopperMultiprocessors = 132;
+// Rows up to which the kernel for few rows is faster than wgmma: of bytes and, on Hopper, where its warps unpack a for themselves, of
+// packed codes. (Elsewhere more than 16 rows are not measured.)
+constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
+constexpr int32_t kHopper = 90;
 
 // Shared memory that a thread block can have beside the 42 KB of the skinny kernel's own.
 int64_t skinny_room(int32_t compute_capability) {
@@ -75,10 +80,7 @@ int32_t elements_of_64_bytes(GemmFamily family) {
 
 int64_t waves(int64_t tiles, int64_t at_once) { return (tiles + at_once - 1) / at_once; }
 
-GemmTile skinny_tile(int64_t m) {
-  const TileRow& row = m <= kSkinny.block_m ? kSkinny : kSkinny64;
-  return {row.kernel, false, row.block_m, row.block_n, 128, 1, 1, row.reason};
-}
+GemmTile skinny_tile() { return {kSkinny.kernel, false, kSkinny.block_m, kSkinny.block_n, 128, 1, 1, kSkinny.reason}; }
 
 }  // namespace
 
@@ -125,7 +127,7 @@ GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsit
   if (weight.bits <= 4) {
     const bool packs = codes && activation->bits <= 4;
     const GemmFamily few = packs ? GemmFamily::kInt4 : GemmFamily::kInt8;
-    if (shape != nullptr && plan_skinny(few, shape->m, shape->n, shape->k, kHopper, kHopperMultiprocessors)) {
+    if (shape != nullptr && plan_skinny(few, shape->m, shape->k, kHopper)) {
       return packs ? GemmOperands{GemmFamily::kInt4, Layout::kPacked, Layout::kPacked,
                                   "few rows: every warp reads its part of a for itself, and packed it is half as much"}
                    : GemmOperands{GemmFamily::kInt4, Layout::kValues, Layout::kPacked,
@@ -147,35 +149,33 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
   const bool has_wgmma =
       family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes || family == GemmFamily::kSparse;
-  if (plan_skinny(family, m, n, k, compute_capability, sm_count)) return skinny_tile(m);
+  if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
-  return compute_capability == kHopper && has_wgmma ? plan_wgmma(family, m, n, k, sm_count) : plan_mma_sync(family, m, n, sm_count);
+  return compute_capability == kHopper && has_wgmma ? plan_wgmma(family, m, n, sm_count) : plan_mma_sync(family, m, n, sm_count);
 }
 
-GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {
   const int32_t block_k = 2 * elements_of_64_bytes(family);
   constexpr int32_t pair = 2;  // blocks that copy half of their a each
-  auto tile = [&](const TileRow& row, int32_t cluster, int32_t split) {
-    return GemmTile{row.kernel, true, row.block_m, row.block_n, block_k, cluster, split, row.reason};
+  const bool bytes = family == GemmFamily::kInt4 || family == GemmFamily::kInt8;
+  const WgmmaTimes& times = bytes ? kBytesTimes : kOtherTimes;
+  GemmTile best{};
+  double best_time = 0;
+  auto consider = [&](const TileRow& row, double time, int32_t cluster, int32_t split) {
+    const TileRow together = {row.block_m, row.block_n * cluster, "", ""};
+    const double all = time * static_cast<double>(waves(tiles(together, m, n), std::max(1, sm_count / cluster)));
+    if (best.kernel != nullptr && all >= best_time) return;
+    best = {row.kernel, true, row.block_m, row.block_n, block_k, cluster, split, row.reason};
+    best_time = all;
   };
-  const bool few_tiles = m <= 2 * kWgmma64.block_m && 2 * tiles(kWgmma128, m, n) <= sm_count;
-  if (m <= kWgmma64.block_m || few_tiles) {
-    // Dense products of bytes and of packed weights have the kernel for few rows.
-    const bool fewest = m <= kWgmma16.block_m && (family == GemmFamily::kPlanes || family == GemmFamily::kSparse);
-    const TileRow& row = fewest ? kWgmma16 : kWgmma64;
-    const int64_t stages = (k + block_k - 1) / block_k;
-    int32_t split = 1;
-    while (2 * split <= kMaxSplit && 2 * split * kMinStages <= stages) {
-      const int64_t room = kSplitBlocksOfSm * (split == 1 ? sm_count : sm_count * kRoomOf12 / 12);
-      if (2 * split * tiles(row, m, n) > room) break;
-      split *= 2;
-    }
-    return tile(row, 1, split);
-  }
-  const TileRow pairs = {kWgmma256.block_m, pair * kWgmma256.block_n, "", ""};
-  const double time_256 = static_cast<double>(waves(tiles(pairs, m, n), std::max(1, sm_count / pair)));
-  const double time_128 = kWgmma128Time * static_cast<double>(waves(tiles(kWgmma128, m, n), sm_count));
-  return time_128 < time_256 ? tile(kWgmma128, 1, 1) : tile(kWgmma256, pair, 1);
+  // Products of bytes and of packed weights have the kernel for few rows, instead of tiles of 16.
+  const bool fewest = !bytes && m <= kWgmmaFew[1][0].block_m;
+  for (int i = 0; i < 3; ++i) consider(kWgmmaFew[fewest][i], times.few[i], 1, kWgmmaFewSplit[i]);
+  if (m <= kWgmmaFew[0][0].block_m) return best;
+  consider(kWgmma256, 1, pair, 1);
+  consider(kWgmma128, times.m128n128, 1, 1);
+  if (times.m128n192 > 0) consider(kWgmma192, times.m128n192, 1, 1);
+  return best;
 }
 
 bool is_stationary(const GemmTile& tile) { return tile.kernel == kStationary256.kernel || tile.kernel == kStationary128.kernel; }
@@ -190,8 +190,8 @@ int64_t stationary_stages(int32_t block_n, int64_t k) {
 }
 
 GemmTile plan_bits(int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
-  if (plan_skinny(GemmFamily::kInt8, m, n, k, compute_capability, sm_count)) return skinny_tile(m);
-  if (compute_capability == kHopper && m > kWgmma64.block_m && n % kStationarySpan == 0 && k > 0) {
+  if (plan_skinny(GemmFamily::kInt8, m, k, compute_capability)) return skinny_tile();
+  if (compute_capability == kHopper && m > kWgmmaFew[0][0].block_m && n % kStationarySpan == 0 && k > 0) {
     for (const TileRow& row : {kStationary256, kStationary128}) {
       const bool pays = row.block_n == kStationary256.block_n || m <= kStationary128Rows;
       if (pays && stationary_stages(row.block_n, k) >= kFewestStages) {
@@ -202,12 +202,9 @@ GemmTile plan_bits(int64_t m, int64_t n, int64_t k, int32_t compute_capability, 
   return plan_tile(GemmFamily::kPlanes, m, n, k, compute_capability, sm_count);
 }
 
-int32_t plan_skinny_rows(GemmFamily family, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
+int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability) {
   if (k == 0) return 0;
-  if (family == GemmFamily::kInt4 && compute_capability == kHopper) {
-    const bool few_tiles = n <= int64_t{kSkinnyFewTiles} * kSkinny.block_n * sm_count && k <= kSkinnyFewColumns;
-    return few_tiles ? kSkinnyMostRows : kSkinnyNibbleRows;
-  }
+  if (family == GemmFamily::kInt4 && compute_capability == kHopper) return kSkinnyNibbleRows;
   if (family == GemmFamily::kInt4 || family == GemmFamily::kInt8) return kSkinnyRows;
   if (family != GemmFamily::kWeightOnly) return 0;
   const int64_t bytes = (2 * k + 1023) / 1024 * 1024;  // of a row in shared memory, in slices of at most 1024
@@ -215,10 +212,19 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t n, int64_t k, int32_t comput
   return kSkinnyRows * bytes <= room ? kSkinnyRows : 8 * bytes <= room ? 8 : 0;
 }
 
-bool plan_skinny(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
-  const int32_t rows = plan_skinny_rows(family, n, k, compute_capability, sm_count);
+bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability) {
+  const int32_t rows = plan_skinny_rows(family, k, compute_capability);
   // Real activations of 9 to 16 rows that do not fit together are taken 8 at a time: no other kernel reads the weight less often.
   return m <= (family == GemmFamily::kWeightOnly && rows > 0 ? kSkinnyRows : rows);
+}
+
+int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability) {
+  constexpr int32_t kMostRows = 4, kPlanes = 16;
+  constexpr int64_t kSliceBytes = 128;
+  if (k == 0 || m > kMostRows) return 0;
+  const int32_t rows = m <= 2 ? static_cast<int32_t>(m) : kMostRows;
+  const int64_t bytes = rows * kPlanes * ((k / 8 + kSliceBytes - 1) / kSliceBytes * kSliceBytes);
+  return bytes <= skinny_room(compute_capability) ? rows : 0;
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {

@@ -109,7 +109,7 @@ __device__ __forceinline__ uint4 load_activation(const SkinnyRows& source, const
 // For SkinnyNibbles.
 struct StreamedNibbles {
   static constexpr bool kResident = false;
-  static constexpr int kLaneBytes = 16, kTeamWarps = 4;
+  static constexpr int kPlanes = 1, kParts = 2, kLaneBytes = 16, kTeamWarps = 4;
   uint4 loaded;
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded = load_activation(source, row, byte);
@@ -124,7 +124,7 @@ struct StreamedNibbles {
 template <bool EVEN_ODD>
 struct StreamedBytes {
   static constexpr bool kResident = false;
-  static constexpr int kLaneBytes = 32, kTeamWarps = 4;
+  static constexpr int kPlanes = 1, kParts = 2, kLaneBytes = 32, kTeamWarps = 4;
   uint4 loaded[2];
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded[0] = load_activation(source, row, byte);
@@ -143,7 +143,7 @@ struct StreamedBytes {
 template <typename W>
 struct ResidentFloats {
   static constexpr bool kResident = true;
-  static constexpr int kParts = W::kLaneColumns / 8, kSliceBytes = 4 * 16 * kParts, kTeamWarps = W::kTeamWarps;
+  static constexpr int kPlanes = 1, kParts = W::kLaneColumns / 8, kSliceBytes = 4 * 16 * kParts, kTeamWarps = W::kTeamWarps;
 
   static __device__ __forceinline__ int offset(int row, int t, int part) { return (part ^ (row & 1)) * 64 + t * 16; }
   // Of row `row` of all slices' rows; parity: that of the row in a.
@@ -183,31 +183,159 @@ struct ResidentFloats {
   }
 };
 
-// The columns of y that a thread block makes: in units of 8, `least` and for the first `more` blocks one more.
-struct SkinnyShares {
-  int32_t least, more;
-};
-
 // What the epilogue needs of a row of y.
 struct SkinnyRow {
   float scale;
   uint32_t part;
 };
 
-// TILES_M: of 8 rows of a. TEAM_WARPS: that share K.
+// 16-bit floats as fixed-point numbers of 16 bits in shared memory: bit planes, so that the 1-bit tensor cores multiply them by a plane of
+// the weight. A number is x/step, rounded, in two's complement; step is the power of two for which the row's largest magnitude needs all
+// bits. So bfloat16 of at least 2^-7 of the largest are exact, and others are off by at most 2^-15 of it.
+//
+// The planes are rows of a: 16 for each row of x. 128 bytes of each are a slice; a lane's are two pieces of 16 bytes side by side, which
+// swap places in odd rows, so that eight lanes read 32 banks.
+template <typename Mma>
+struct FixedPlanes {
+  static constexpr bool kResident = true;
+  static constexpr int kPlanes = 16, kParts = 2, kSliceBytes = 128, kTeamWarps = 4;
+
+  static __device__ __forceinline__ uint4 part(const uint8_t* shared, int row, int parity, int t, int part) {
+    return *reinterpret_cast<const uint4*>(shared + row * kSliceBytes + t * 32 + (part ^ (parity & 1)) * 16);
+  }
+
+  // What a warp leaves of its share of a row: the largest magnitude, and the sum of the numbers.
+  struct Shares {
+    uint32_t largest[kSkinnyWarps];
+    int32_t sum[kSkinnyWarps];
+  };
+  static __device__ __forceinline__ Shares& shares() {
+    __shared__ Shares shares;
+    return shares;
+  }
+  template <int ROWS>
+  static __device__ __forceinline__ float largest(int row) {
+    constexpr int kWarps = kSkinnyWarps / (ROWS / kPlanes);
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) bits = max(bits, shares().largest[row * kWarps + i]);
+    return Mma::to_float(bits);
+  }
+  // The exponent of step + 14, as in a float; not so small that step has none.
+  static __device__ __forceinline__ uint32_t exponent(float largest) { return max(__float_as_uint(largest) >> 23, 15u); }
+
+  // After `store` and a barrier. A row with a NaN or an infinity has no step.
+  template <int ROWS>
+  static __device__ __forceinline__ SkinnyRow row_factors(int row) {
+    constexpr int kWarps = kSkinnyWarps / (ROWS / kPlanes);
+    const float most = largest<ROWS>(row);
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += static_cast<uint32_t>(shares().sum[row * kWarps + i]);
+    return {most <= 3.402823466e38f ? __uint_as_float((exponent(most) - 14) << 23) : NAN, 0u - sum};
+  }
+
+  // All of x. The threads of the block share its rows, and those of a row its chunks of 8 values; what a thread loads at once, which may be
+  // all it has, it keeps.
+  template <int ROWS>
+  static __device__ __forceinline__ void store(const SkinnyRows& source, int slices, uint8_t* target) {
+    constexpr uint32_t kRowThreads = kSkinnyThreads / (ROWS / kPlanes), kHeld = 4, kStride = kHeld * kRowThreads;
+    const uint32_t row = threadIdx.x / kRowThreads, thread = threadIdx.x % kRowThreads, chunks = slices * kSliceBytes;
+    const uint8_t* const source_row = source.row(min(row, source.rows - 1));
+    uint4 held[kHeld];
+    auto load = [&](uint32_t first) {
+#pragma unroll
+      for (uint32_t j = 0; j < kHeld; ++j) held[j] = load_activation(source, source_row, (first + j * kRowThreads) * 16);
+    };
+    uint32_t most = 0;
+    for (uint32_t first = thread; first < chunks; first += kStride) {
+      load(first);
+#pragma unroll
+      for (const uint4& x : held) {
+        const uint32_t low = __vmaxu2(x.x & 0x7FFF7FFFu, x.y & 0x7FFF7FFFu), high = __vmaxu2(x.z & 0x7FFF7FFFu, x.w & 0x7FFF7FFFu);
+        most = __vmaxu2(most, __vmaxu2(low, high));
+      }
+    }
+    most = __reduce_max_sync(0xFFFFFFFFu, max(most & 0xFFFFu, most >> 16));
+    if (threadIdx.x % 32 == 0) shares().largest[threadIdx.x / 32] = most;
+    __syncthreads();
+    const float one_over_step = __uint_as_float((254 + 14 - exponent(largest<ROWS>(static_cast<int>(row)))) << 23);
+    int32_t sum = 0;
+    for (uint32_t first = thread; first < chunks; first += kStride) {
+      if (chunks > kStride) load(first);
+#pragma unroll
+      for (uint32_t k = 0; k < kHeld; ++k) {
+        const uint32_t i = first + k * kRowThreads;
+        if (i >= chunks) break;
+        const uint4& x = held[k];
+        uint32_t pairs[4];  // of numbers
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          constexpr float kIntegerFloat = 12582912.0f;  // added to a float, leaves it as an integer in the low bits
+          const float low = Mma::to_float(word_of(x, j) & 0xFFFFu), high = Mma::to_float(word_of(x, j) >> 16);
+          pairs[j] = __byte_perm(__float_as_uint(fmaf(low, one_over_step, kIntegerFloat)),
+                                 __float_as_uint(fmaf(high, one_over_step, kIntegerFloat)), 0x5410);
+          sum = __dp2a_lo(static_cast<int32_t>(pairs[j]), 0x0101, sum);
+        }
+        // Byte i of a plane has bit p of value i.
+        uint2 bytes[2] = {make_uint2(__byte_perm(pairs[0], pairs[1], 0x6420), __byte_perm(pairs[2], pairs[3], 0x6420)),
+                          make_uint2(__byte_perm(pairs[0], pairs[1], 0x7531), __byte_perm(pairs[2], pairs[3], 0x7531))};
+        uint8_t* const slice = target + (i / kSliceBytes * ROWS + row * kPlanes) * kSliceBytes;
+        const uint32_t column = i % kSliceBytes;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          bytes[half] = transpose_bits(bytes[half]);
+#pragma unroll
+          for (int p = 0; p < 8; ++p) {
+            const uint32_t byte = (p < 4 ? bytes[half].x : bytes[half].y) >> (8 * (p % 4));
+            slice[(half * 8 + p) * kSliceBytes + (column ^ p % 2 * 16)] = static_cast<uint8_t>(byte);
+          }
+        }
+      }
+    }
+    sum = __reduce_add_sync(0xFFFFFFFFu, sum);
+    if (threadIdx.x % 32 == 0) shares().sum[threadIdx.x / 32] = sum;
+  }
+
+  // The sums of the planes of row 0, 1 ... of x: those of the weight rows g and g + 8, in every lane of a quad. Lane t has those of the
+  // planes 2t, 2t + 1, 8 + 2t and 9 + 2t; the last one's weight is negative.
+  template <int TILES_M>
+  static __device__ __forceinline__ uint2 combine(const int32_t (&accumulators)[TILES_M][4], int row) {
+    const uint32_t t = threadIdx.x % 4;
+    uint32_t sums[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      auto count = [&](int half, int e) { return static_cast<uint32_t>(accumulators[2 * row + half][2 * i + e]); };
+      const uint32_t low = count(0, 0) + 2 * count(0, 1), last = 2 * count(1, 1);
+      const uint32_t high = count(1, 0) + (t == 3 ? 0u - last : last);
+      sums[i] = (low + (high << 8)) << 2 * t;
+      sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], 1);
+      sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], 2);
+    }
+    return make_uint2(sums[0], sums[1]);
+  }
+};
+
+// The columns of y that a thread block makes: in units of 8, `least` and for the first `more` blocks one more.
+struct SkinnyShares {
+  int32_t least, more;
+};
+
+// TILES_M: of 8 rows of a, which are planes where kPlanes > 1. TEAM_WARPS: that share K.
 template <typename Mma, typename W, typename A, int TILES_M, int TEAM_WARPS>
 struct SkinnyKernel {
   using Accumulator = typename Mma::Accumulator;
-  static constexpr int kRows = 8 * TILES_M, kTeams = kSkinnyWarps / TEAM_WARPS, kTeamThreads = 32 * TEAM_WARPS;
+  static constexpr int kRows = 8 * TILES_M, kOutputRows = kRows / A::kPlanes, kTeams = kSkinnyWarps / TEAM_WARPS,
+                       kTeamThreads = 32 * TEAM_WARPS;
   static constexpr int kWeightSlice = 4 * W::kLaneBytes;
   // Many rows of a would take all registers: they are loaded when they are needed, which is soon enough for what the first cache has.
   static constexpr bool kLoadsAhead = !A::kResident && TILES_M <= 2;
   static constexpr int kSliceBytes = 2 * sizeof(W) + (kLoadsAhead ? TILES_M * sizeof(A) : 0);
   static constexpr int kDepth = std::min(W::kDepth, kLoadedBytes / kSliceBytes);
   static constexpr int kBuffers = TILES_M <= 2 ? 2 : 1;  // of sums: of a tile, and of the next
-  static constexpr int kBufferSums = TEAM_WARPS * kRows * kSumPitch;
+  static constexpr int kBufferSums = TEAM_WARPS * kOutputRows * kSumPitch;
   static constexpr int kSharedBytes =
-      kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(Accumulator)) + kRows * static_cast<int>(sizeof(SkinnyRow)));
+      kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(Accumulator)) + kOutputRows * static_cast<int>(sizeof(SkinnyRow)));
 };
 
 template <typename Mma, typename W, typename A, typename Epilogue, int TILES_M, int TEAM_WARPS>
@@ -217,7 +345,8 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
                                                                         const __grid_constant__ Epilogue epilogue) {
   using Kernel = SkinnyKernel<Mma, W, A, TILES_M, TEAM_WARPS>;
   using Accumulator = typename Mma::Accumulator;
-  constexpr int kRows = Kernel::kRows, kTeams = Kernel::kTeams, kTeamThreads = Kernel::kTeamThreads, kDepth = Kernel::kDepth;
+  constexpr int kRows = Kernel::kRows, kOutputRows = Kernel::kOutputRows, kTeams = Kernel::kTeams, kTeamThreads = Kernel::kTeamThreads,
+                kDepth = Kernel::kDepth;
   const Output& y = epilogue.output;
   const int team = threadIdx.x / kTeamThreads, thread = threadIdx.x % kTeamThreads, warp = thread / 32, lane = threadIdx.x % 32;
   const int group = lane / 4, t = lane % 4;
@@ -225,7 +354,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
   Accumulator* const sums = reinterpret_cast<Accumulator*>(dynamic_shared()) + team * Kernel::kBuffers * Kernel::kBufferSums;
   SkinnyRow* const row_factors =
       reinterpret_cast<SkinnyRow*>(reinterpret_cast<Accumulator*>(dynamic_shared()) + kTeams * Kernel::kBuffers * Kernel::kBufferSums) +
-      team * kRows;
+      team * kOutputRows;
   uint8_t* const a_shared = dynamic_shared() + Kernel::kSharedBytes;  // of ResidentFloats
 
   const int slices = static_cast<int>((w_source.row_bytes + Kernel::kWeightSlice - 1) / Kernel::kWeightSlice);
@@ -271,13 +400,16 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
   for (int d = 0; d < kDepth; ++d) {
     if (first_slice + d < last_slice) load(loaded[d], rows.top, rows.bottom, first_slice + d);
   }
-  if (thread < kRows) {  // the first barrier of the team comes before they are read
+  if (A::kPlanes == 1 && thread < kOutputRows) {  // the first barrier of the team comes before they are read
     const bool exists = thread < y.m;
     row_factors[thread] = {exists ? epilogue.row_scale(thread) : 0.0f, exists ? epilogue.row_part(thread, 0) : 0};
   }
   if constexpr (A::kResident) {
     A::template store<kRows>(a_source, slices, a_shared);
     __syncthreads();
+  }
+  if constexpr (A::kPlanes > 1) {
+    if (thread < kOutputRows) row_factors[thread] = A::template row_factors<kRows>(thread);
   }
 
   const int n_in_tile = thread % kSkinnyN;
@@ -297,9 +429,8 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
         Slice& now = loaded[d];
         A late[TILES_M];
         if constexpr (!Kernel::kLoadsAhead) load_a(late, slice + d);
-        constexpr int kParts = A::kResident ? W::kLaneColumns / 8 : 2;
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
+        for (int part = 0; part < A::kParts; ++part) {
           uint2 top[2], bottom[2];
 #pragma unroll
           for (int p = 0; p < 2; ++p) top[p] = now.w[0].words(w_source, part, p), bottom[p] = now.w[1].words(w_source, part, p);
@@ -326,20 +457,28 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
     }
 
     if (Kernel::kBuffers == 1 && tile_n != first_n) team_barrier();  // the sums of the tile before have been read
-    Accumulator* const own = sums + buffer * Kernel::kBufferSums + warp * kRows * kSumPitch;
+    Accumulator* const own = sums + buffer * Kernel::kBufferSums + warp * kOutputRows * kSumPitch;
+    if constexpr (A::kPlanes > 1) {
 #pragma unroll
-    for (int j = 0; j < TILES_M; ++j) {
+      for (int m = 0; m < kOutputRows; ++m) {
+        const uint2 combined = A::combine(accumulators, m);
+        if (t < 2) own[m * kSumPitch + group + t * 8] = static_cast<Accumulator>(t == 0 ? combined.x : combined.y);
+      }
+    } else {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) own[(j * 8 + t * 2 + c % 2) * kSumPitch + group + c / 2 * 8] = accumulators[j][c];
+      for (int j = 0; j < TILES_M; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) own[(j * 8 + t * 2 + c % 2) * kSumPitch + group + c / 2 * 8] = accumulators[j][c];
+      }
     }
     team_barrier();
     if (exists) {
       const uint32_t column_part = epilogue.column_of(column_sum);
 #pragma unroll 2
-      for (int m = thread / kSkinnyN; m < min(kRows, static_cast<int>(y.m)); m += kTeamThreads / kSkinnyN) {
+      for (int m = thread / kSkinnyN; m < min(kOutputRows, static_cast<int>(y.m)); m += kTeamThreads / kSkinnyN) {
         Accumulator sum = 0;
 #pragma unroll
-        for (int w = 0; w < TEAM_WARPS; ++w) sum += sums[buffer * Kernel::kBufferSums + (w * kRows + m) * kSumPitch + n_in_tile];
+        for (int w = 0; w < TEAM_WARPS; ++w) sum += sums[buffer * Kernel::kBufferSums + (w * kOutputRows + m) * kSumPitch + n_in_tile];
         const SkinnyRow row = row_factors[m];
         store_value(y, m, n, scaled(epilogue.product(sum, row.part, column_part), row.scale, column_scale, bias));
       }
@@ -389,7 +528,7 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
   auto run = [&](auto team_warps) {
     using Kernel = SkinnyKernel<Mma, W, A, TILES_M, team_warps()>;
     int64_t shared = Kernel::kSharedBytes;
-    if constexpr (A::kResident) shared += 8 * TILES_M * round_up(a.row_bytes, A::kSliceBytes);
+    if constexpr (A::kResident) shared += 8 * TILES_M * round_up(a.row_bytes / A::kPlanes, A::kSliceBytes);
     launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, Epilogue, TILES_M, team_warps()>,
                 dim3(static_cast<unsigned>(blocks)), dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares, epilogue);
   };
@@ -399,16 +538,15 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
   few_tiles ? run(std::integral_constant<int, kManyWarps>()) : run(std::integral_constant<int, A::kTeamWarps>());
 }
 
-// At most 16 rows; packed codes on both sides: at most kSkinnyMostRows.
+// At most 16 rows; packed codes on both sides: at most 32.
 template <typename Mma, typename W, typename A, typename Epilogue>
 void launch_skinny(const char* op, const SkinnyRows& a, const SkinnyRows& w, const Epilogue& epilogue, const Device& device,
                    cudaStream_t stream) {
   const int64_t m = epilogue.output.m;
-  constexpr int kMostRows = std::is_same_v<A, StreamedNibbles> ? kSkinnyMostRows : 16;
+  constexpr int kMostRows = std::is_same_v<A, StreamedNibbles> ? 32 : 16;
   check(m <= kMostRows, op, ": this kernel takes at most ", kMostRows, " rows, got ", m);
   auto run = [&](auto tiles_m) { launch_skinny_tiles<Mma, W, A, tiles_m()>(op, a, w, epilogue, device, stream); };
   if constexpr (std::is_same_v<A, StreamedNibbles>) {
-    if (m > 32) return run(std::integral_constant<int, 8>());
     if (m > 16) return run(std::integral_constant<int, 4>());
   }
   m > 8 ? run(std::integral_constant<int, 2>()) : run(std::integral_constant<int, 1>());

@@ -32,6 +32,9 @@ struct StationaryProblem {
   int32_t chunks, stages;
 };
 
+inline constexpr int kMultipliers = 2;  // warpgroups, which take turns
+__device__ __forceinline__ int turn_barrier(int group) { return group_barrier(kMultipliers) + group; }
+
 template <int BLOCK_N_>
 struct StationaryTile {
   static constexpr int BLOCK_M = kStationaryM, BLOCK_N = BLOCK_N_;

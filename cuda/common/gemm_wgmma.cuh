@@ -1,13 +1,14 @@
-// The product of many rows of integers on Hopper's wgmma: y[BLOCK_M, 128] per tile of a persistent thread block.
+// The product of many rows of integers on Hopper's wgmma: y[BLOCK_M, BLOCK_N] per tile of a persistent thread block.
 //
-// Split of the work. Warpgroup 0 starts copies (TMA); warpgroups 1 and 2 multiply, 64 rows of w each, and make y. The weight is the left
+// Split of the work. Warpgroup 0 starts copies (TMA); two or three others multiply, 64 rows of w each, and make y. The weight is the left
 // operand of the instruction, from registers (wgmma_fragments.cuh); the activation is the right one, straight from shared memory: its rows
 // are the instruction's N. The accumulators hold y transposed; stmatrix turns it on its way to the copy engine.
 //
-// A stage of the ring holds 128 bytes of every row of a (128 int8 or 1024 bits) and as many columns of 128 rows of w. Two more warps of
+// A stage of the ring holds 128 bytes of every row of a (128 int8 or 1024 bits) and as many columns of the rows of w. More warps of
 // warpgroup 0 start the copies of y, one for each multiplying warpgroup, whose warps do not wait for each other while they write.
 //
-// Clusters: the two blocks of a pair take neighbouring columns of y and the same rows, and each copies its share of a to both.
+// Clusters: the two blocks of a pair take neighbouring columns of y and the same rows, and each copies its share of a to both. (With tiles
+// of 128 rows a pair starts and ends 0.8 us later, which its fewer bytes do not make good.)
 //
 // Bit planes: one pass over K for each pair of planes (steps.cuh).
 //
@@ -31,25 +32,26 @@ namespace quest::cuda {
 // Neighbouring tiles: 8 down y, then the next columns, so that both operands of a wave stay in the L2 cache.
 inline constexpr int kWgmmaGroupM = 8;
 
-template <typename Mma_, typename Fragments_, int BLOCK_M_, int CLUSTER_>
-struct WgmmaTile {
+template <typename Mma_, typename Fragments_, int BLOCK_M_, int MULTIPLIERS_ = 2>
+struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
+  using Warpgroups<MULTIPLIERS_>::MULTIPLIERS, Warpgroups<MULTIPLIERS_>::BLOCK_N;
   using Mma = Mma_;
   using Fragments = Fragments_;
-  static constexpr int BLOCK_M = BLOCK_M_, CLUSTER = CLUSTER_;
+  static constexpr int BLOCK_M = BLOCK_M_, CLUSTER = BLOCK_M == 256 ? 2 : 1;
   using Piece = OutputPiece<64>;  // of y, that a warpgroup hands over at once, through buffers of its own
   static constexpr int BUFFERS = 2;
-  static constexpr int W_BYTES = kWgmmaN * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
+  static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
-  static constexpr int STORES_BYTES = kMultipliers * BUFFERS * Piece::BYTES;
-  static constexpr int FACTORS_BYTES = kMultipliers * BLOCK_M * static_cast<int>(sizeof(RowFactors));
+  static constexpr int STORES_BYTES = MULTIPLIERS * BUFFERS * Piece::BYTES;
+  static constexpr int FACTORS_BYTES = MULTIPLIERS * BLOCK_M * static_cast<int>(sizeof(RowFactors));
   static constexpr int OTHER_BYTES = STORES_BYTES + FACTORS_BYTES + 256;  // 256: the mbarriers
   static constexpr int STAGES = std::min((227 * 1024 - OTHER_BYTES) / STAGE_BYTES, 12);
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + OTHER_BYTES;
   static_assert(BLOCK_M % (BUFFERS * Piece::ROWS) == 0, "the buffers take turns");
-  static_assert(STAGES >= 3 && 2 * (STAGES + kMultipliers * BUFFERS) * 8 <= 256, "a ring of stages");
+  static_assert(STAGES >= 3 && 2 * (STAGES + MULTIPLIERS * BUFFERS) * 8 <= 256, "a ring of stages");
   // Registers a thread of the copying and the multiplying warpgroups; together at most what the three start with, a multiple of 8 each.
-  static constexpr int COPIER_REGISTERS = 40, MULTIPLIER_REGISTERS = 232;
-  static_assert(COPIER_REGISTERS + kMultipliers * MULTIPLIER_REGISTERS <= 65536 / kWarpgroup, "or they wait for ever");
+  static constexpr int COPIER_REGISTERS = MULTIPLIERS == 2 ? 40 : 56, MULTIPLIER_REGISTERS = MULTIPLIERS == 2 ? 232 : 152;
+  static_assert(COPIER_REGISTERS + MULTIPLIERS * MULTIPLIER_REGISTERS <= 65536 / kWarpgroup, "or they wait for ever");
 };
 
 struct TileCursor {
@@ -64,7 +66,7 @@ struct TileCursor {
 };
 
 template <typename Tile>
-__global__ __launch_bounds__(kWgmmaThreads, 1) void gemm_wgmma_kernel(const __grid_constant__ CUtensorMap a_map,
+__global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __grid_constant__ CUtensorMap a_map,
                                                                       const __grid_constant__ CUtensorMap w_map,
                                                                       const __grid_constant__ CUtensorMap index_map,
                                                                       const __grid_constant__ CUtensorMap y_map,
@@ -75,7 +77,7 @@ __global__ __launch_bounds__(kWgmmaThreads, 1) void gemm_wgmma_kernel(const __gr
 
   uint8_t* const shared = dynamic_shared();
   auto buffers = [&](int group) { return shared + STAGES * Tile::STAGE_BYTES + group * BUFFERS * Piece::BYTES; };
-  RowFactors* const row_factors = reinterpret_cast<RowFactors*>(buffers(kMultipliers));
+  RowFactors* const row_factors = reinterpret_cast<RowFactors*>(buffers(Tile::MULTIPLIERS));
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
   StageRing<Tile> ring{shared, barriers, barriers + STAGES};
   auto written = [&](int group) { return barriers + 2 * STAGES + group * 2 * BUFFERS; };  // of each buffer: there is a piece
@@ -85,7 +87,7 @@ __global__ __launch_bounds__(kWgmmaThreads, 1) void gemm_wgmma_kernel(const __gr
   const int rank = CLUSTER > 1 ? static_cast<int>(cluster_rank()) : 0;
   if (threadIdx.x == 0) {
     ring.init_barriers();
-    for (int group = 0; group < kMultipliers; ++group) {
+    for (int group = 0; group < Tile::MULTIPLIERS; ++group) {
       for (int buffer = 0; buffer < BUFFERS; ++buffer) {
         barrier_init(&written(group)[buffer], kWarpgroup / 32);
         barrier_init(&free(group)[buffer], 1);
@@ -113,19 +115,19 @@ __global__ __launch_bounds__(kWgmmaThreads, 1) void gemm_wgmma_kernel(const __gr
     if (warp == 0 && lane == 0) {
       for (int tile = first_tile; tile < tiles; tile += tile_stride) {
         const TileCursor at(problem, tile);
-        const int first_n = (at.n_cluster * CLUSTER + rank) * kWgmmaN;
+        const int first_n = (at.n_cluster * CLUSTER + rank) * Tile::BLOCK_N;
         StepCursor step(steps);
         for (int i = 0; i < steps.count(); ++i) {
           ring.copy(a_map, w_map, index_map, step.k_tile, step, at.m * BLOCK_M, first_n, rank);
           step.advance();
         }
       }
-    } else if (warp >= 1 && warp <= kMultipliers && lane == 0 && problem.output.tensor_store) {
+    } else if (warp >= 1 && warp <= Tile::MULTIPLIERS && lane == 0 && problem.output.tensor_store) {
       const int group = warp - 1;
       uint32_t piece_parity = 0;
       for (int tile = first_tile; tile < tiles; tile += tile_stride) {
         const TileCursor at(problem, tile);
-        const int first_n = (at.n_cluster * CLUSTER + rank) * kWgmmaN + group * kWarpgroupColumns;
+        const int first_n = (at.n_cluster * CLUSTER + rank) * Tile::BLOCK_N + group * kWarpgroupColumns;
         for (int row = 0; row < BLOCK_M; row += BUFFERS * Piece::ROWS, piece_parity ^= 1) {
 #pragma unroll
           for (int buffer = 0; buffer < BUFFERS; ++buffer) {
@@ -149,7 +151,7 @@ __global__ __launch_bounds__(kWgmmaThreads, 1) void gemm_wgmma_kernel(const __gr
     for (int tile = first_tile; tile < tiles; tile += tile_stride) {
       const TileCursor at(problem, tile);
       const int first_m = at.m * BLOCK_M;
-      const int first_n = (at.n_cluster * CLUSTER + rank) * kWgmmaN + group * kWarpgroupColumns;
+      const int first_n = (at.n_cluster * CLUSTER + rank) * Tile::BLOCK_N + group * kWarpgroupColumns;
 
       // The factors are loaded before the main loop and looked at after it: until then memory has time.
       const RowLoads<BLOCK_M> row_loads(problem.output, first_m);

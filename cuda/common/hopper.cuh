@@ -80,19 +80,6 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The address of `local` in the shared memory of block `rank`, and a word from there.
-__device__ __forceinline__ uint32_t cluster_address(const void* local, uint32_t rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
-  return address;
-}
-
-__device__ __forceinline__ int32_t load_cluster_32(uint32_t address) {
-  int32_t value;
-  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
-
 // ---- the copy engine
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {

@@ -14,7 +14,6 @@
 namespace quest::cuda {
 
 inline constexpr int kWarpgroup = 128;
-inline constexpr int kMultipliers = 2;  // warpgroups
 inline constexpr int kWarpgroupColumns = 64;
 inline constexpr int kStoreRowBytes = 2 * kWarpgroupColumns;
 
@@ -23,11 +22,8 @@ inline constexpr int kStoreRowBytes = 2 * kWarpgroupColumns;
 __device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpgroup, 0); }
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) % kWarpgroup / 32, 0); }
 
-// ---- named barriers: of both warpgroups, of one, and of whose turn it is
-
-inline constexpr int kBothBarrier = 1;
+// The named barrier of a multiplying warpgroup; others have lower numbers, or those behind the last group's.
 __device__ __forceinline__ int group_barrier(int group) { return 2 + group; }
-__device__ __forceinline__ int turn_barrier(int group) { return 2 + kMultipliers + group; }
 
 template <int ROWS_>
 struct OutputPiece {

@@ -1,7 +1,7 @@
 // What the products on Hopper's wgmma share: their problem, the weight on its way to the tensor cores, and the loop over K.
 //
 // The weight is the left operand of the instruction and goes through registers, so that it can lie in memory in any width: 4-bit codes are
-// widened there. A step of the main loop takes 128 bytes of every row of a, 128 int8 or 1024 bits, and as many columns of 128 rows of w.
+// widened there. A step of the main loop takes 128 bytes of every row of a, 128 int8 or 1024 bits, and as many columns of the rows of w.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +12,20 @@
 
 namespace quest::cuda {
 
-inline constexpr int kWgmmaThreads = (1 + kMultipliers) * kWarpgroup;
-inline constexpr int kWgmmaN = kWarpgroupColumns * kMultipliers;  // rows of w a block
-inline constexpr int kStepRowBytes = 128;                         // of a: what the 128-byte swizzle covers
+inline constexpr int kStepRowBytes = 128;  // of a: what the 128-byte swizzle covers
+
+// The warpgroups of a block: one that copies, and those that multiply, 64 rows of w each. K_GROUPS of these have the same rows and share
+// the stages.
+template <int N_GROUPS_, int K_GROUPS_ = 1>
+struct Warpgroups {
+  static constexpr int N_GROUPS = N_GROUPS_, K_GROUPS = K_GROUPS_, MULTIPLIERS = N_GROUPS * K_GROUPS;
+  static constexpr int THREADS = (1 + MULTIPLIERS) * kWarpgroup, BLOCK_N = N_GROUPS * kWarpgroupColumns;
+};
 
 struct WgmmaProblem {
   TileOutput output;
   Steps steps;
   int32_t tiles_m, clusters_n;    // of the tile's rows of y, of the cluster's columns
-  int32_t split;                  // blocks that share a tile along K
   uint32_t flip;                  // ByteFragments
   uint4 table;                    // TableFragments
   uint32_t value_mul, value_add;  // SparseFragments: v + 128, four bytes, of four codes
@@ -126,9 +131,10 @@ struct SparseFragments {
     const int lane = threadIdx.x % 32, row = first_row + lane % 16;
     return row * kRowBytes + (lane / 16 ^ (row >> 2 & 1)) * 16;
   }
-  static __device__ __forceinline__ uint32_t index_offset(int first_row) {
+  // tile_rows: of w, behind which the indices lie.
+  static __device__ __forceinline__ uint32_t index_offset(int first_row, int tile_rows) {
     const int lane = threadIdx.x % 32;
-    return kWgmmaN * kRowBytes + (first_row + lane / 4 + lane % 2 * 8) * kIndexBytes;
+    return tile_rows * kRowBytes + (first_row + lane / 4 + lane % 2 * 8) * kIndexBytes;
   }
   static __device__ __forceinline__ void fetch(Fetched& fetched, uint32_t address, uint32_t index_address) {
     ldmatrix_x4(fetched.codes, address);
@@ -168,11 +174,12 @@ struct StageRing {
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < Tile::STAGES; ++i) {
       barrier_init(&full[i], 1);  // the copier, and the bytes
-      barrier_init(&empty[i], Tile::CLUSTER * kMultipliers * kWarpgroup / 32);
+      barrier_init(&empty[i], Tile::CLUSTER * Tile::N_GROUPS * kWarpgroup / 32);
     }
   }
-  __device__ __forceinline__ void advance() {
-    if (++stage == Tile::STAGES) stage = 0, parity ^= 1;
+  __device__ __forceinline__ void advance(int stages = 1) {
+    stage += stages;
+    if (stage >= Tile::STAGES) stage -= Tile::STAGES, parity ^= 1;
   }
 
   // The rows from first_m and first_n on, in the columns of a step, to the next stage; of a the share of this block, for all of its
@@ -186,8 +193,8 @@ struct StageRing {
     uint8_t* const w_tile = a_tile() + Tile::A_BYTES;
     tensor_load<false>(w_tile, &w_map, &full[stage], k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
     if constexpr (Fragments::kIndexBytes > 0) {
-      tensor_load<false>(w_tile + kWgmmaN * Fragments::kRowBytes, &index_map, &full[stage], k_tile / 2 * Fragments::kIndexBytes, first_n, 0,
-                         0);
+      tensor_load<false>(w_tile + Tile::BLOCK_N * Fragments::kRowBytes, &index_map, &full[stage], k_tile / 2 * Fragments::kIndexBytes,
+                         first_n, 0, 0);
     }
     tensor_load<(Tile::CLUSTER > 1)>(a_tile() + rank * kShare * kStepRowBytes, &a_map, &full[stage], k_tile * kStepRowBytes,
                                      first_m + rank * kShare, step.a_plane, (1 << Tile::CLUSTER) - 1);
@@ -208,12 +215,12 @@ class TileMultiplier {
     const uint32_t w_tile = shared_address(ring.shared) + Tile::A_BYTES;
     fragment_address_ = w_tile + Fragments::offset(first_row);
     if constexpr (kSparse) {
-      index_address_ = w_tile + Fragments::index_offset(first_row);
+      index_address_ = w_tile + Fragments::index_offset(first_row, Tile::BLOCK_N);
       even_[0][4] = even_[1][4] = odd_[0][4] = odd_[1][4] = 0;
     }
   }
 
-  // The sums of a tile, from the ring's next stages, which go back. first_k_tile: of the steps.
+  // The sums of a tile, from every K_GROUPS-th of the ring's next stages, which go back. first_k_tile: of the steps.
   __device__ __forceinline__ void multiply(int32_t (&accumulators)[Tile::BLOCK_M / 2], StageRing<Tile>& ring, const WgmmaProblem& problem,
                                            const Steps& steps, int first_k_tile) {
     const int count = steps.count();
@@ -227,11 +234,11 @@ class TileMultiplier {
         Tile::Mma::mma(accumulators, now[j], b_tile + j * (Tile::Mma::kBytes / 16), (i | j) != 0);
       }
       wgmma_commit();
-      const int previous = (ring.stage == 0 ? Tile::STAGES : ring.stage) - 1;
+      const int previous = ring.stage - Tile::K_GROUPS + (ring.stage < Tile::K_GROUPS ? Tile::STAGES : 0);
       wgmma_wait<1>();  // the products before these, which used `next`
       if (i > 0) give_back(ring, previous);
       if (i + 1 < count) {
-        ring.advance();
+        ring.advance(Tile::K_GROUPS);
         load(next, ring, problem, first_k_tile + i + 1);
         if (Tile::Mma::kPlanes && cursor.advance()) {
           wgmma_wait<0>();
@@ -249,7 +256,7 @@ class TileMultiplier {
     wgmma_wait<0>();
     wgmma_owned(accumulators);
     give_back(ring, ring.stage);
-    ring.advance();
+    ring.advance(Tile::K_GROUPS);
   }
 
  private:

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/gemm_split.cuh"
+#include "common/gemm_few.cuh"
 #include "common/gemm_wgmma.cuh"
 #include "common/matrix_map.h"
 #include "common/wgmma_products.h"
@@ -15,11 +15,11 @@ struct WgmmaMaps {
   CUtensorMap a, w, index;
 };
 
-// Completes `problem` for tiles of block_m rows and clusters of cluster_n columns, and makes the copy engine's maps. a_rows: of a that one
-// copy brings.
-template <typename Fragments>
-WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaProblem& problem, int64_t k, int block_m, int cluster_n,
-                     int a_rows) {
+// Completes `problem` and makes the copy engine's maps.
+template <typename Tile>
+WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaProblem& problem, int64_t k) {
+  using Fragments = typename Tile::Fragments;
+  constexpr int block_m = Tile::BLOCK_M, cluster_n = Tile::CLUSTER * Tile::BLOCK_N;
   const Output& output = problem.output.epilogue.output;
   const int64_t m = output.m, n = output.n;
   const bool planes = w.layout == Layout::kPlanes;
@@ -28,8 +28,8 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
   const int64_t tiles_m = (m + block_m - 1) / block_m, clusters_n = (n + cluster_n - 1) / cluster_n;
   // Room for the rows of the last tile that y does not have.
   constexpr int64_t kMostRows = INT32_MAX - 256;
-  check(m <= kMostRows && n <= kMostRows && tiles_m * clusters_n <= INT32_MAX / kMaxSplit, op, ": expected m, n <= ", kMostRows, ", got ",
-        m, ", ", n, "; split the rows");
+  check(m <= kMostRows && n <= kMostRows && tiles_m * clusters_n <= INT32_MAX, op, ": expected m, n <= ", kMostRows, ", got ", m, ", ", n,
+        "; split the rows");
   check(!problem.output.epilogue.a.sums_values && !problem.output.epilogue.w.sums_values, op, ": this kernel sums no values");
   problem.tiles_m = static_cast<int32_t>(tiles_m);
   problem.clusters_n = static_cast<int32_t>(clusters_n);
@@ -40,13 +40,13 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
                                                              : CU_TENSOR_MAP_SWIZZLE_32B;
   WgmmaMaps maps{};
   maps.a = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
-                      {kStepRowBytes, static_cast<uint32_t>(a_rows), CU_TENSOR_MAP_SWIZZLE_128B});
+                      {kStepRowBytes, Tile::BLOCK_M / Tile::CLUSTER, CU_TENSOR_MAP_SWIZZLE_128B});
   maps.w = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
-                      {kRowBytes, kWgmmaN, w_swizzle});
+                      {kRowBytes, Tile::BLOCK_N, w_swizzle});
   maps.index = maps.w;  // of no use to a dense weight
   if constexpr (Fragments::kIndexBytes > 0) {
     maps.index = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.index, index_row_bytes(k), n, 1, index_row_bytes(k),
-                            {Fragments::kIndexBytes, kWgmmaN, CU_TENSOR_MAP_SWIZZLE_NONE});
+                            {Fragments::kIndexBytes, Tile::BLOCK_N, CU_TENSOR_MAP_SWIZZLE_NONE});
   }
   return maps;
 }
@@ -55,23 +55,21 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
 template <typename Tile>
 void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, const Device& device,
                        cudaStream_t stream) {
-  const WgmmaMaps maps =
-      wgmma_maps<typename Tile::Fragments>(op, a, w, problem, k, Tile::BLOCK_M, Tile::CLUSTER * kWgmmaN, Tile::BLOCK_M / Tile::CLUSTER);
+  const WgmmaMaps maps = wgmma_maps<Tile>(op, a, w, problem, k);
   const CUtensorMap y_map = output_map(op, problem.output, Tile::Piece::ROWS);
   const int64_t tiles = int64_t{problem.tiles_m} * problem.clusters_n;
   const int64_t clusters = std::min<int64_t>(tiles, std::max(1, device.sm_count / Tile::CLUSTER));
   launch_with({Tile::CLUSTER, device.hopper_code}, op, gemm_wgmma_kernel<Tile>, dim3(static_cast<unsigned>(clusters * Tile::CLUSTER)),
-              dim3(kWgmmaThreads), Tile::SHARED_BYTES, stream, maps.a, maps.w, maps.index, y_map, problem);
+              dim3(Tile::THREADS), Tile::SHARED_BYTES, stream, maps.a, maps.w, maps.index, y_map, problem);
 }
 
-// A cluster of blocks for each tile.
+// A block for each tile.
 template <typename Tile>
-void launch_split_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, int split, const Device& device,
-                       cudaStream_t stream) {
-  const WgmmaMaps maps = wgmma_maps<typename Tile::Fragments>(op, a, w, problem, k, Tile::BLOCK_M, kWgmmaN, Tile::BLOCK_M);
-  problem.split = std::min(split, problem.steps.k_tiles);
-  const int64_t blocks = int64_t{problem.tiles_m} * problem.clusters_n * problem.split;
-  launch_with({problem.split, device.hopper_code}, op, gemm_split_kernel<Tile>, dim3(static_cast<unsigned>(blocks)), dim3(kWgmmaThreads),
+void launch_few_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, const Device& device,
+                     cudaStream_t stream) {
+  const WgmmaMaps maps = wgmma_maps<Tile>(op, a, w, problem, k);
+  const int64_t blocks = int64_t{problem.tiles_m} * problem.clusters_n;
+  launch_with({1, device.hopper_code}, op, gemm_few_kernel<Tile>, dim3(static_cast<unsigned>(blocks)), dim3(Tile::THREADS),
               Tile::SHARED_BYTES, stream, maps.a, maps.w, maps.index, problem);
 }
 
@@ -85,19 +83,26 @@ inline bool takes_wgmma(const Operand& a, const Operand& w, int64_t k, const Dev
 template <typename Mma, typename Fragments>
 void launch_wgmma(const char* op, const GemmTile& tile, const Operand& a, const Operand& w, const WgmmaProblem& problem, int64_t k,
                   const Device& device, cudaStream_t stream) {
-  constexpr int kLargeCluster = 2;
-  const bool large = tile.block_m == 256;
-  check(tile.wgmma && tile.cluster == (large ? kLargeCluster : 1) && tile.split_k <= kMaxSplit, op, ": no kernel for the planned tile ",
-        tile.kernel, " with clusters of ", tile.cluster, " and split ", tile.split_k);
   auto run = [&](auto shape) { launch_wgmma_tile<decltype(shape)>(op, a, w, problem, k, device, stream); };
-  auto run_split = [&](auto shape) { launch_split_tile<decltype(shape)>(op, a, w, problem, k, tile.split_k, device, stream); };
+  auto run_few = [&](auto block_m) {
+    switch (tile.block_n) {
+      case 64: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 1>>(op, a, w, problem, k, device, stream);
+      case 128: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 2>>(op, a, w, problem, k, device, stream);
+      default: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 3>>(op, a, w, problem, k, device, stream);
+    }
+  };
   switch (tile.block_m) {
-    case 256: run(WgmmaTile<Mma, Fragments, 256, kLargeCluster>{}); break;
-    case 128: run(WgmmaTile<Mma, Fragments, 128, 1>{}); break;
-    case 64: run_split(SplitTile<Mma, Fragments, 64>{}); break;
+    case 256: run(WgmmaTile<Mma, Fragments, 256>{}); break;
+    case 128:
+      if constexpr (!Mma::kPlanes && Fragments::kIndexBytes == 0) {
+        if (tile.block_n == 192) return run(WgmmaTile<Mma, Fragments, 128, 3>{});
+      }
+      run(WgmmaTile<Mma, Fragments, 128>{});
+      break;
+    case 64: run_few(std::integral_constant<int, 64>()); break;
     case 16:
       // Others have the kernel for few rows.
-      if constexpr (Mma::kPlanes || Fragments::kIndexBytes > 0) return run_split(SplitTile<Mma, Fragments, 16>{});
+      if constexpr (Mma::kPlanes || Fragments::kIndexBytes > 0) return run_few(std::integral_constant<int, 16>());
       [[fallthrough]];
     default: check(false, op, ": no kernel for the planned tile ", tile.kernel);
   }

@@ -19,11 +19,7 @@ namespace {
 bool gemm_int4_skinny(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                       cudaStream_t stream) {
   const bool looks_up = is_fp4(w), both = a.layout == Layout::kPacked && !is_fp4(a) && !looks_up;
-  // Packed rows that came here because the plan is for another number of multiprocessors: no wgmma kernel takes them.
-  const bool takes = both && device.hopper_code ? output.m <= kSkinnyMostRows && k > 0
-                                                : plan_skinny(both ? GemmFamily::kInt4 : GemmFamily::kInt8, output.m, output.n, k,
-                                                              device.compute_capability, device.sm_count);
-  if (!takes) return false;
+  if (!plan_skinny(both ? GemmFamily::kInt4 : GemmFamily::kInt8, output.m, k, device.compute_capability)) return false;
   if (!(both ? is_aligned(a.data, 16) : is_skinny_a(a, k)) || !is_skinny_w(w, k)) return false;
   const IntegerEpilogue epilogue = integer_epilogue(a, w, skinny_affine(a, is_fp4(a)), skinny_affine(w, looks_up), output, k);
   if (epilogue.a.sums_values || epilogue.w.sums_values) return false;

@@ -11,7 +11,7 @@ namespace {
 // At most 16 rows, if their kernel takes these operands.
 bool gemm_int8_skinny(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                       cudaStream_t stream) {
-  if (!plan_skinny(GemmFamily::kInt8, output.m, output.n, k, device.compute_capability, device.sm_count)) return false;
+  if (!plan_skinny(GemmFamily::kInt8, output.m, k, device.compute_capability)) return false;
   if (!is_skinny_a(a, k) || !is_skinny_w(w, k)) return false;
   const IntegerEpilogue epilogue = integer_epilogue(a, w, skinny_affine(a, false), skinny_affine(w, false), output, k);
   if (epilogue.a.sums_values || epilogue.w.sums_values) return false;

@@ -30,7 +30,7 @@ void gemm_planes(const Operand& a, const Operand& w, const float* bias, void* y,
   const Output output = make_output(y, dtype, bias, m, n);
   const IntegerEpilogue epilogue = integer_epilogue(a, w, operand_affine(a, false), operand_affine(w, false), output, k);
   // One plane each: bytes of 8 products.
-  if (a.grid.bits * w.grid.bits == 1 && plan_skinny(GemmFamily::kInt8, m, n, k, device.compute_capability, device.sm_count)) {
+  if (a.grid.bits * w.grid.bits == 1 && plan_skinny(GemmFamily::kInt8, m, k, device.compute_capability)) {
     launch_skinny<MmaBits, SkinnyBytes, StreamedBytes<false>>(op, skinny_rows(a, m, k), skinny_rows(w, n, k), epilogue, device, stream);
     return;
   }

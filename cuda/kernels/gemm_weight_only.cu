@@ -2,7 +2,8 @@
 // sum.
 //
 // bfloat16 and float16: tensor cores with float32 sums; the kernel for at most 16 rows (gemm_skinny.cuh), or the tiled one of all families.
-// Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them.
+// Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them. At most 4 rows by one plane: x as 16 planes of
+// fixed-point numbers, on the 1-bit tensor cores (FixedPlanes), where a weight takes no instruction to widen.
 // float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
 #include <cuda_fp16.h>
 
@@ -309,6 +310,35 @@ uint32_t pair_of(float value) {
   return bits | bits << 16;
 }
 
+// Few rows of x by one plane of w on the 1-bit tensor cores, if x fits: true if it has been launched.
+template <typename Mma>
+bool weight_only_fixed(const char* op, const void* x, const Operand& w, const RealEpilogue& epilogue, int64_t k, const Device& device,
+                       cudaStream_t stream) {
+  using Planes = FixedPlanes<Mma>;
+  const int64_t m = epilogue.output.m, n = epilogue.output.n;
+  const int64_t rows = plan_fixed_rows(m, k, device.compute_capability);
+  if (rows == 0) return false;
+  SkinnyRows x_rows{};
+  x_rows.data = static_cast<const uint8_t*>(x);
+  x_rows.rows = static_cast<uint32_t>(m);
+  x_rows.row_bytes = static_cast<uint32_t>(2 * k);
+  const Affine map = affine(w.grid, Layout::kPlanes);  // what map.add adds is that times the row's sum
+  IntegerEpilogue integers{};
+  integers.output = epilogue.output;
+  integers.w_scale = epilogue.w_scale;
+  integers.mul = static_cast<uint32_t>(map.mul);
+  check(map.add == -1, op, ": expected values 2 c - 1 of a plane");
+  auto run = [&](auto tiles_m) {
+    launch_skinny_tiles<MmaBits, SkinnyBytes, Planes, tiles_m()>(op, x_rows, skinny_rows(w, n, k), integers, device, stream);
+  };
+  switch (rows) {
+    case 1: run(std::integral_constant<int, 2>()); break;
+    case 2: run(std::integral_constant<int, 4>()); break;
+    default: run(std::integral_constant<int, 8>());
+  }
+  return true;
+}
+
 // At most 16 rows, if their kernel takes these operands: true if it has been launched.
 template <typename Mma>
 bool weight_only_skinny(const char* op, const void* x, const Operand& w, const RealEpilogue& epilogue, int64_t k, const Device& device,
@@ -318,7 +348,8 @@ bool weight_only_skinny(const char* op, const void* x, const Operand& w, const R
   const bool bytes = w.layout == Layout::kCodes;
   if (!is_aligned(x, 16) || !is_aligned(w.data, 16) || k % 8 != 0 || (bytes && (!even_steps || k % 16 != 0))) return false;
   if (w.layout == Layout::kPlanes && (w.grid.kind != GridKind::kInt || w.grid.bits > 3)) return false;
-  if (!plan_skinny(GemmFamily::kWeightOnly, m, n, k, device.compute_capability, device.sm_count)) return false;
+  if (w.layout == Layout::kPlanes && w.grid.bits == 1 && weight_only_fixed<Mma>(op, x, w, epilogue, k, device, stream)) return true;
+  if (!plan_skinny(GemmFamily::kWeightOnly, m, k, device.compute_capability)) return false;
   SkinnyRows rows = skinny_rows(w, n, k);
   rows.flip = 0;
   if (even_steps) {
@@ -338,7 +369,7 @@ bool weight_only_skinny(const char* op, const void* x, const Operand& w, const R
     std::memcpy(&rows.high_table, high, 16);
   }
   // Where 16 rows do not fit in shared memory, the weight comes from the L2 cache the second time.
-  const int64_t step = plan_skinny_rows(GemmFamily::kWeightOnly, n, k, device.compute_capability, device.sm_count);
+  const int64_t step = plan_skinny_rows(GemmFamily::kWeightOnly, k, device.compute_capability);
   for (int64_t first = 0; first < m; first += step) {
     RealEpilogue part = epilogue;
     part.output.m = std::min(step, m - first);

@@ -61,23 +61,35 @@ TEST(Plan, HopperTilesByRows) {
   EXPECT_EQ(plan(16384, 12288, 4096).block_m, 256);
   EXPECT_EQ(plan(1024, 4096, 4096).block_m, 256);  // 128 tiles on 132 multiprocessors
   EXPECT_EQ(plan(512, 4096, 4096).block_m, 128);   // 64 tiles of 256 rows would leave half of them idle
+  // 2 waves of 256 tiles, where tiles of 256 rows would make one and a half, those of 128 columns almost three.
+  EXPECT_EQ(plan(512, 12288, 4096).block_n, 192);
+  EXPECT_EQ(plan(512, 12288, 4096).cluster, 1);
+  EXPECT_EQ(plan(512, 6144, 2048).block_n, 192);
+  EXPECT_EQ(plan(512, 22016, 4096).block_m, 256);
+  EXPECT_EQ(plan_tile(GemmFamily::kInt8, 512, 12288, 4096, 90, 132).block_n, 192);
+  EXPECT_EQ(plan_tile(GemmFamily::kSparse, 512, 12288, 4096, 90, 132).block_n, 128);  // not built for it
   EXPECT_EQ(plan(128, 4096, 4096).block_m, 64);
   EXPECT_EQ(plan(64, 12288, 4096).block_m, 64);
-  // Split K until two thread blocks a multiprocessor are busy, each with at least 4 stages of 128 columns.
-  auto split = [](int64_t m, int64_t n, int64_t k) { return plan_wgmma(GemmFamily::kInt4, m, n, k, 132).split_k; };
-  EXPECT_EQ(split(64, 4096, 4096), 4);
-  EXPECT_EQ(split(64, 12288, 4096), 2);
-  EXPECT_EQ(split(64, 22016, 4096), 1);
-  EXPECT_EQ(split(64, 4096, 1024), 2);
-  EXPECT_EQ(split(1, 1, 16), 1);
+  // Few rows: as many columns a thread block as leave one to each multiprocessor; the fewer, the more of its warpgroups share K.
+  auto columns = [&](int64_t m, int64_t n, int64_t k) { return plan(m, n, k).block_n; };
+  EXPECT_EQ(columns(64, 4096, 4096), 64);
+  EXPECT_EQ(columns(64, 12288, 4096), 128);
+  EXPECT_EQ(columns(64, 22016, 4096), 192);
+  EXPECT_EQ(columns(128, 4096, 4096), 64);
+  EXPECT_EQ(plan(128, 12288, 4096).block_m, 128);
+  EXPECT_EQ(plan(512, 2048, 5632).block_m, 64);
+  EXPECT_EQ(plan_tile(GemmFamily::kSparse, 128, 4096, 4096, 90, 132).block_n, 64);
+  EXPECT_EQ(plan_tile(GemmFamily::kSparse, 128, 12288, 4096, 90, 132).block_m, 128);
+  EXPECT_EQ(plan(64, 4096, 4096).split_k, 4);
+  EXPECT_EQ(plan(64, 12288, 4096).split_k, 2);
+  EXPECT_EQ(plan(64, 22016, 4096).split_k, 1);
   EXPECT_EQ(plan(4096, 4096, 4096).split_k, 1);
-  EXPECT_EQ(split(128, 4096, 4096), 2);  // 64 clusters of 4 would not find room together
   // An odd number of column tiles leaves half of the last pair of thread blocks idle.
-  EXPECT_EQ(plan(11264, 512, 4096).block_m, 256);
-  EXPECT_EQ(plan(11264, 384, 4096).block_m, 128);
+  EXPECT_EQ(plan(16384, 512, 4096).block_m, 256);
+  EXPECT_EQ(plan(16384, 384, 4096).block_m, 128);
   EXPECT_EQ(plan(4096, 4096, 4096).cluster, 2);
   EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 4096, 4096, 4096, 90, 132).cluster, 2);
-  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 16, 4096, 4096, 90, 132).split_k, 1);  // 4 stages of 1024 bits
+  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 16, 4096, 4096, 90, 132).block_m, 16);
 }
 
 TEST(Plan, FewRows) {
@@ -86,9 +98,6 @@ TEST(Plan, FewRows) {
   };
   EXPECT_TRUE(is_skinny(GemmFamily::kInt4, 32, 22016, 4096));
   EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 33, 22016, 4096));
-  EXPECT_TRUE(is_skinny(GemmFamily::kInt4, 64, 4096, 4096));  // at most 3 tiles a multiprocessor: wgmma would split K
-  EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 65, 4096, 4096));
-  EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 33, 4096, 11008));  // so many columns that it pays all the same
   EXPECT_TRUE(is_skinny(GemmFamily::kInt4, 16, 4096, 4096, 80));
   EXPECT_FALSE(is_skinny(GemmFamily::kInt4, 17, 4096, 4096, 80));  // which has tensor cores for nibbles
   EXPECT_TRUE(is_skinny(GemmFamily::kInt8, 16, 4096, 32768));
@@ -103,7 +112,7 @@ TEST(Plan, FewRows) {
   const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, fp4{GridKind::kFp4, 4};
   auto layout = [&](Grid a, GemmShape shape) { return plan_operands(int4, &a, Sparsity::kNone, &shape).a; };
   EXPECT_EQ(layout(int4, {16, 4096, 4096}), Layout::kPacked);
-  EXPECT_EQ(layout(int4, {64, 4096, 4096}), Layout::kPacked);
+  EXPECT_EQ(layout(int4, {32, 4096, 4096}), Layout::kPacked);
   EXPECT_EQ(layout(int4, {64, 12288, 4096}), Layout::kEvenOdd);
   EXPECT_EQ(layout(int4, {4096, 4096, 4096}), Layout::kEvenOdd);
   EXPECT_EQ(layout(int8, {16, 4096, 4096}), Layout::kValues);
@@ -117,7 +126,7 @@ TEST(Plan, BitsThatStay) {
     return std::string(plan_bits(m, n, k, capability, 132).kernel);
   };
   EXPECT_EQ(kernel(16, 4096, 4096), "skinny");
-  EXPECT_EQ(kernel(64, 4096, 4096), "wgmma_m64n128");
+  EXPECT_EQ(kernel(64, 4096, 4096), "wgmma_m64n64");
   EXPECT_EQ(kernel(4096, 4096, 4096), "stationary_n256");
   EXPECT_EQ(kernel(4096, 4096, 11008), "stationary_n128");  // 11 chunks of 128 rows, and 5 stages
   EXPECT_EQ(kernel(16384, 4096, 11008), "wgmma_m256n128");  // a would be read too often

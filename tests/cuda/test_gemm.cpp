@@ -284,8 +284,14 @@ TEST_F(Gemm, TensorCopiesOfEveryTile) {
 TEST_F(Gemm, TensorCopiesOfManyTiles) {
   Random random(32);
   const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8};
-  for (const auto& [block_m, s] : {std::pair{256, Shape{1025, 4104, 1040}}, std::pair{128, Shape{1400, 6016, 640}}}) {
-    EXPECT_EQ(plan_tile(GemmFamily::kInt4, s.m, s.n, s.k, 90, 132).block_m, block_m);
+  struct Case {
+    int32_t block_m, block_n;
+    Shape shape;
+  };
+  for (const auto& [block_m, block_n, s] :
+       {Case{256, 128, {1025, 6152, 1040}}, Case{128, 192, {1100, 5512, 1040}}, Case{128, 128, {1400, 6016, 640}}}) {
+    const GemmTile tile = plan_tile(GemmFamily::kInt4, s.m, s.n, s.k, 90, 132);
+    EXPECT_EQ(std::pair(tile.block_m, tile.block_n), std::pair(block_m, block_n));
     const Matrix a(random, int4, Layout::kEvenOdd, s.m, s.k), a8(random, int8, Layout::kValues, s.m, s.k);
     const Matrix w(random, int4, Layout::kPacked, s.n, s.k), w8(random, int8, Layout::kCodes, s.n, s.k);
     check_product(kInt4, a, w, s.m, s.n, s.k, DType::kBFloat16);
@@ -520,6 +526,62 @@ TEST_F(GemmWeightOnly, EveryShape) {
   }
   check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, DType::kFloat32, 3, 32, 0);
   check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, DType::kBFloat16, 30, 32, 0);
+}
+
+// x as fixed-point planes: every number of rows, row lengths that end anywhere in a slice, and as long as they fit.
+TEST_F(GemmWeightOnly, FewRowsByOnePlane) {
+  Random random(23);
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t m : {1, 2, 3, 4}) {
+      for (const int64_t k : {8, 136, 1024, 4096, 11008}) {
+        for (const int64_t n : {1, 17, 4000}) check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, n, k);
+      }
+      check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 40, 32768);
+    }
+  }
+}
+
+// Numbers of at least 2^-7 of the largest are exact: sums of them are those of integers.
+TEST_F(GemmWeightOnly, FixedPointIsExactForLargeNumbers) {
+  Random random(24);
+  const Grid grid{GridKind::kInt, 1};
+  const int64_t m = 3, n = 64, k = 2048;
+  const Matrix w(random, grid, Layout::kPlanes, n, k);
+  std::vector<uint8_t> codes(n * k);
+  unpack(grid, Layout::kPlanes, static_cast<const uint8_t*>(w.host().data), codes.data(), n, k, serial_for);
+  std::vector<float> x(m * k, 0.0f);
+  for (int64_t i = 0; i < 2 * k; ++i) x[i] = (i < k ? 0.25f : 1.0f) * static_cast<float>(i * 37 % 256 - 128);  // the last row: zeros
+  const OnDevice<uint8_t> device_x(testing::to_dtype(x, DType::kBFloat16)), y(m * n * 2);
+  cuda::gemm_weight_only(device_x.data(), w.device(), nullptr, y.data(), DType::kBFloat16, m, n, k, nullptr);
+  const std::vector<uint8_t> got = y.host();
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int64_t l = 0; l < k; ++l) sum += static_cast<double>(x[i * k + l]) * (2 * codes[j * k + l] - 1);
+      const float expected = static_cast<float>(sum) * w.host().scale[j];
+      EXPECT_NEAR(testing::element(got, DType::kBFloat16, i * n + j), expected, std::abs(expected) * 0x1p-8f) << i << ", " << j;
+    }
+  }
+}
+
+TEST_F(GemmWeightOnly, RowsWithoutNumbersStayAlone) {
+  Random random(25);
+  const int64_t m = 4, n = 40, k = 512;
+  const Matrix w(random, {GridKind::kInt, 1}, Layout::kPlanes, n, k);
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    std::vector<float> x = random.normals(m * k);
+    const OnDevice<uint8_t> finite(testing::to_dtype(x, dtype)), expected(m * n * 2), y(m * n * 2);
+    x[k + 7] = INFINITY, x[3 * k] = NAN;
+    const OnDevice<uint8_t> device_x(testing::to_dtype(x, dtype));
+    cuda::gemm_weight_only(finite.data(), w.device(), nullptr, expected.data(), dtype, m, n, k, nullptr);
+    cuda::gemm_weight_only(device_x.data(), w.device(), nullptr, y.data(), dtype, m, n, k, nullptr);
+    const std::vector<uint8_t> right = expected.host(), got = y.host();
+    for (int64_t i = 0; i < m * n; ++i) {
+      const float value = testing::element(got, dtype, i);
+      const bool has_numbers = i / n % 2 == 0;
+      EXPECT_TRUE(has_numbers ? value == testing::element(right, dtype, i) : std::isnan(value)) << i;
+    }
+  }
 }
 
 TEST_F(GemmWeightOnly, RunsInAGraph) {

@@ -158,6 +158,10 @@ inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
   return sum;
 }
+inline int __dp2a_lo(int a, int b, int sum) {
+  return sum + static_cast<int16_t>(a) * static_cast<int8_t>(b) + static_cast<int16_t>(a >> 16) * static_cast<int8_t>(b >> 8);
+}
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max(a & 0xFFFFu, b & 0xFFFFu) | max(a >> 16, b >> 16) << 16; }
 template <typename T>
 T atomicAdd(T* target, T value) {
   static std::mutex mutex;

@@ -17,7 +17,7 @@ TEST(Emulated, FewRows) {
   for (const auto& [n, k] : {std::pair<int64_t, int64_t>{5, 48}, {150, 416}, {35, 4640}}) {
     const Matrix w8(random, kInt8Grid, Layout::kCodes, n, k), w4(random, kInt4Grid, Layout::kPacked, n, k);
     const Matrix w1(random, kInt1Grid, Layout::kPlanes, n, k), w_fp4(random, kFp4Grid, Layout::kPacked, n, k);
-    for (const int64_t m : {1, 9, 17, 40}) {
+    for (const int64_t m : {1, 9, 17, 30}) {
       check_product(kInt4, Matrix(random, kInt4Grid, Layout::kPacked, m, k), w4, m, n, k);
       if (m > 16) continue;
       check_product(kInt4, Matrix(random, kIntZero3Grid, Layout::kCodes, m, k), w4, m, n, k, DType::kBFloat16);
@@ -31,7 +31,7 @@ TEST(Emulated, FewRows) {
 TEST(Emulated, FewRowsOfRealActivations) {
   emulated::multiprocessors = 2;
   Random random(2);
-  for (const auto& [m, n, k] : {Shape{1, 150, 200}, Shape{16, 40, 1000}}) {
+  for (const auto& [m, n, k] : {Shape{1, 150, 200}, Shape{3, 20, 4640}, Shape{16, 40, 1000}}) {
     for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
       for (const int32_t bits : {1, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, n, k);
       for (const Grid grid : {kInt4Grid, kGauss4Grid}) check_weight_only(random, grid, Layout::kPacked, dtype, m, n, k);
@@ -39,15 +39,23 @@ TEST(Emulated, FewRowsOfRealActivations) {
   }
 }
 
-// Tiles of 64 and 16 rows, whose blocks share K: in clusters of 4, 2 and 1, with rows for all of them and for some.
-TEST(Emulated, SplitK) {
-  emulated::multiprocessors = 8;
+// Tiles of 64 and 16 rows, of 64, 128 and 192 columns, whose warpgroups share K: as many steps for each, and fewer for some; more than the
+// ring has stages.
+TEST(Emulated, SharedK) {
   Random random(3);
-  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{130, 2048}, {40, 1024}, {64, 256}}) {
+  struct Case {
+    int multiprocessors;
+    int64_t n, k;
+    int block_n;
+  };
+  for (const auto& [multiprocessors, n, k, block_n] :
+       {Case{4, 130, 2048, 64}, Case{1, 40, 5136, 64}, Case{2, 250, 1040, 128}, Case{1, 190, 272, 192}}) {
+    emulated::multiprocessors = multiprocessors;
     const Matrix w8(random, kInt8Grid, Layout::kCodes, n, k), w4(random, kInt4Grid, Layout::kPacked, n, k);
     const Matrix w2(random, kInt2Grid, Layout::kPlanes, n, 8 * k);
-    for (const int64_t m : {17, 64}) {
-      ASSERT_EQ(plan_wgmma(GemmFamily::kInt4, m, n, k, emulated::multiprocessors).block_m, 64);
+    for (const int64_t m : {33, 64}) {
+      const GemmTile tile = plan_wgmma(GemmFamily::kInt4, m, n, multiprocessors);
+      ASSERT_EQ(std::pair(tile.block_m, tile.block_n), std::pair(64, block_n));
       check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), w4, m, n, k);
       check_product(kInt8, Matrix(random, kInt8Grid, Layout::kValues, m, k), w8, m, n, k, DType::kBFloat16);
     }
@@ -55,11 +63,20 @@ TEST(Emulated, SplitK) {
   }
 }
 
-// Tiles of 128 rows, and of 256 in clusters of two blocks, several a block; y by the copy engine and by single elements.
+// Tiles of 128 rows and 128 and 192 columns, and of 256 rows in clusters of two blocks, several a block; y by the copy engine and by single
+// elements.
 TEST(Emulated, LargeTiles) {
   Random random(4);
-  for (const auto& [multiprocessors, s] : {std::pair{2, Shape{257, 520, 208}}, std::pair{4, Shape{200, 264, 1040}}}) {
+  struct Case {
+    int multiprocessors;
+    Shape shape;
+    int block_m, block_n;
+  };
+  for (const auto& [multiprocessors, s, block_m, block_n] :
+       {Case{2, {257, 250, 208}, 128, 128}, Case{2, {200, 376, 1040}, 128, 192}, Case{4, {500, 500, 208}, 256, 128}}) {
     emulated::multiprocessors = multiprocessors;
+    const GemmTile tile = plan_wgmma(GemmFamily::kInt4, s.m, s.n, multiprocessors);
+    ASSERT_EQ(std::pair(tile.block_m, tile.block_n), std::pair(block_m, block_n));
     const Matrix a(random, kInt4Grid, Layout::kEvenOdd, s.m, s.k), w(random, kInt4Grid, Layout::kPacked, s.n, s.k);
     for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) check_product(kInt4, a, w, s.m, s.n, s.k, dtype);
     check_product(kInt4, Matrix(random, kInt4Grid, Layout::kCodes, s.m, s.k), w, s.m, s.n, s.k, DType::kFloat16);

@@ -33,13 +33,13 @@ struct GemmTile {
   bool wgmma;                         // on Hopper's asynchronous tensor cores, fed by its copy engine; else mma.sync
   int32_t block_m, block_n, block_k;  // block_k in stored elements
   int32_t cluster;                    // thread blocks that share the rows of a and take neighbouring columns of y
-  int32_t split_k;                    // thread blocks that share one output tile along K
+  int32_t split_k;                    // warpgroups of a thread block that share one output tile along K
   const char* reason;
 };
 // compute_capability: 90 for 9.0. Operands that the copy engine cannot read (rows that start at no multiple of 16 bytes, layouts that have
 // to be widened for both sides) get plan_mma_sync's tile instead, those that the kernel for few rows does not take plan_wgmma's.
 GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
-GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count);
+GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
 // The product of one plane each, which has two kernels of its own: that for few rows, and one whose rows of w stay in shared memory
 // (results in rows that start at multiples of 16 bytes; others get plan_wgmma's tile).
@@ -58,9 +58,12 @@ int64_t stationary_stages(int32_t block_n, int64_t k);  // what the shared memor
 
 // Rows of a that the kernel for few rows takes at once, and whether it takes a product. kInt4: of packed rows of a; of bytes, and for 1-bit
 // products, those of kInt8.
-constexpr int32_t kSkinnyMostRows = 64;
-int32_t plan_skinny_rows(GemmFamily family, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
-bool plan_skinny(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
+int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability);
+bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
+
+// Rows of real activations that the kernel for a weight of one plane takes as 16 planes each: 1, 2 or 4, at least m; 0 if there are more,
+// or they do not fit in shared memory.
+int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability);
 
 // Whether gemm_int4, for more rows, multiplies codes as they are, two a byte, on tensor cores for 4-bit integers. Later GPUs than 8.9 only
 // emulate those, several times slower than they multiply int8.

@@ -45,18 +45,13 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 inline void named_barrier_arrive(int id, int threads) { emulated::block->named[id].sync(emulated::block->meeting, threads, false); }
 
-// ---- clusters. An address in another block's shared memory has its rank above the distance.
+// ---- clusters
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(emulated::block->rank); }
 inline void cluster_sync() {
   emulated::Cluster& cluster = *emulated::block->cluster;
   cluster.barrier.sync(cluster.meeting, cluster.threads);
 }
 inline void cluster_sync_relaxed() { cluster_sync(); }
-constexpr int kRankShift = 24;
-inline uint32_t cluster_address(const void* local, uint32_t rank) { return shared_address(local) | rank << kRankShift; }
-inline int32_t load_cluster_32(uint32_t address) {
-  return load<int32_t>(emulated::block->cluster->blocks[address >> kRankShift]->shared + (address & ((1u << kRankShift) - 1)));
-}
 
 // ---- the copy engine
 inline uint32_t swizzled(uint32_t offset, int swizzle) {

@@ -51,6 +51,28 @@ void among_lanes(const uint32_t (&shown)[6], Read read) {
   __syncwarp();
 }
 
+// Of all lanes.
+inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int lanes) {
+  uint32_t result = 0;
+  among_lanes({value}, [&](auto& all) { result = all[threadIdx.x % emulated::kWarp ^ lanes][0]; });
+  return result;
+}
+template <typename T, typename Operation>
+T reduce(T value, Operation operation) {
+  T result = value;
+  among_lanes({static_cast<uint32_t>(value)}, [&](auto& all) {
+    result = static_cast<T>(all[0][0]);
+    for (int lane = 1; lane < emulated::kWarp; ++lane) result = operation(result, static_cast<T>(all[lane][0]));
+  });
+  return result;
+}
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+  return reduce(value, [](uint32_t a, uint32_t b) { return max(a, b); });
+}
+inline int32_t __reduce_add_sync(uint32_t, int32_t value) {
+  return reduce(value, [](int32_t a, int32_t b) { return a + b; });
+}
+
 inline void ldmatrix_x4(uint32_t (&words)[4], uint32_t address) {
   const int lane = threadIdx.x % emulated::kWarp;
   among_lanes({address}, [&](auto& lanes) {
@@ -119,6 +141,7 @@ struct MmaBFloat16 {
   static constexpr uint32_t kOne = 0x3F803F80u, kShift = 0x43004300u, kMinusShift = 0xC300C300u, kExponentStep = 0x00800080u;
   static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fused_pair(a, b, c, bfloat16_to_float, pack_bfloat16); }
   static uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
+  static float to_float(uint32_t bits) { return bfloat16_to_float(bits); }
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply(d, a, b0, b1, [](uint32_t x, uint32_t y) { return product_of_pairs(x, y, bfloat16_to_float); });
   }
@@ -129,6 +152,7 @@ struct MmaFloat16 {
   static constexpr uint32_t kOne = 0x3C003C00u, kShift = 0x64006400u, kMinusShift = 0xE400E400u, kExponentStep = 0x04000400u;
   static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fused_pair(a, b, c, float16_to_float, pack_float16); }
   static uint32_t pack(float low, float high) { return pack_float16(low, high); }
+  static float to_float(uint32_t bits) { return float16_to_float(static_cast<uint16_t>(bits)); }
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply(d, a, b0, b1, [](uint32_t x, uint32_t y) { return product_of_pairs(x, y, float16_to_float); });
   }

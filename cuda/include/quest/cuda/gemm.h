@@ -3,7 +3,8 @@
 // All pointers are device memory. Asynchronous on `stream`; no workspace, no atomics: the same operands give the same bits in every run.
 // kPacked and kPlanes operands and indices must start at a multiple of 16 bytes; other operands are fastest when they do and 16 bytes
 // divide a row. Integer sums are exact. gemm_weight_only of bfloat16 or float16 rounds the levels of a gauss grid to that type (other
-// levels are exact in it).
+// levels are exact in it); of at most 4 rows by one plane it takes x as fixed-point numbers of 16 bits, in which what is smaller than 2^-7
+// of its row's largest magnitude is rounded, by at most 2^-15 of that.
 #pragma once
 
 #include <cuda_runtime_api.h>
