@@ -125,6 +125,24 @@ Tensor gemm_sparse(const Tensor& a, const Tensor& a_scale, const Tensor& a_sum, 
   return gemm("gemm_sparse", GemmFamily::kSparse, a, a_scale, a_sum, a_grid, w, w_scale, w_sum, w_index, w_grid, k, bias, dtype, a_layout);
 }
 
+#ifdef QUEST_BACKEND_CUDA
+// y [m, n] = x w_hat^T by torch's product, with the weight rounded to the type of x. (The out variant: autocast leaves it alone.)
+void product_with_dequantized(const Tensor& x, const Operand& w, const std::optional<Tensor>& bias, Tensor& y, DType dtype, int64_t m,
+                              int64_t n, int64_t k, const Execution& execution) {
+  Quantizer storage;
+  storage.grid = w.grid;
+  Tensor w_hat = empty_on(x, {n, k}, x.scalar_type());
+  backend::dequantize(storage, w.layout, w.data, w.scale, nullptr, w_hat.mutable_data_ptr(), dtype, n, k, execution);
+  std::array<StableIValue, 1> detached{torch::stable::detail::from(torch::stable::reshape(x, Shape{m, k}))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", detached.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 3> arguments{detached[0], torch::stable::detail::from(torch::stable::transpose(w_hat, 0, 1)),
+                                        torch::stable::detail::from(torch::stable::reshape(y, Shape{m, n}))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", arguments.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(arguments[0]);  // y once more, which we own
+  if (bias) backend::add_bias(bias_data(bias), y.mutable_data_ptr(), dtype, m, n, execution);
+}
+#endif
+
 Tensor weight_only(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale, Grid grid, Layout layout,
                    const std::optional<Tensor>& bias) {
   check_rank(op, "x", x, 1);
@@ -147,8 +165,14 @@ Tensor weight_only(const char* op, const Tensor& x, const Tensor& w, const Tenso
   Tensor y = empty_on(x, with_last(lead_shape(x), n), x.scalar_type());
   const Operand operand{grid, layout, weight.const_data_ptr(), static_cast<const float*>(scale.const_data_ptr()), nullptr};
   const Execution execution(x);
-  backend::gemm_weight_only(input.const_data_ptr(), operand, bias_data(added), y.mutable_data_ptr(), dtype, product(lead_shape(x)), n, k,
-                            execution);
+  const int64_t m = product(lead_shape(x));
+#ifdef QUEST_BACKEND_CUDA
+  if (n > 0 && backend::weight_only_dequantizes(dtype, m, k)) {
+    product_with_dequantized(input, operand, added, y, dtype, m, n, k, execution);
+    return y;
+  }
+#endif
+  backend::gemm_weight_only(input.const_data_ptr(), operand, bias_data(added), y.mutable_data_ptr(), dtype, m, n, k, execution);
   return y;
 }
 

@@ -212,10 +212,18 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capabilit
   return kSkinnyRows * bytes <= room ? kSkinnyRows : 8 * bytes <= room ? 8 : 0;
 }
 
+int64_t plan_weight_only_rows(int64_t k, int32_t compute_capability) {
+  // Rows that do not fit together are taken one part after another: the weight then comes from the L2 cache. Four times that costs about
+  // what dequantizing the weight does.
+  constexpr int64_t kTurns = 4;
+  const int32_t rows = plan_skinny_rows(GemmFamily::kWeightOnly, k, compute_capability);
+  return kTurns * (rows > 0 ? rows : kSkinnyRows);
+}
+
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability) {
   const int32_t rows = plan_skinny_rows(family, k, compute_capability);
-  // Real activations of 9 to 16 rows that do not fit together are taken 8 at a time: no other kernel reads the weight less often.
-  return m <= (family == GemmFamily::kWeightOnly && rows > 0 ? kSkinnyRows : rows);
+  if (family == GemmFamily::kWeightOnly) return rows > 0 && m <= plan_weight_only_rows(k, compute_capability);
+  return m <= rows;
 }
 
 int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability) {

@@ -396,7 +396,29 @@ bool weight_only_skinny(const char* op, const void* x, const Operand& w, const R
   return true;
 }
 
+constexpr int kBiasThreads = 256;
+
+__global__ __launch_bounds__(kBiasThreads) void add_bias_kernel(const float* bias, void* y, DType dtype, int64_t n, int64_t count) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kBiasThreads + threadIdx.x;
+  if (index >= count) return;
+  float value[kChunk];
+  load_chunk(value, y, dtype, index, 1, false);
+  value[0] += bias[index % n];
+  store_chunk(y, value, dtype, index, 1, false);
+}
+
 }  // namespace
+
+bool weight_only_dequantizes(DType dtype, int64_t m, int64_t k) {
+  return dtype != DType::kFloat32 && k > 0 && m > plan_weight_only_rows(k, current_device("gemm_weight_only").compute_capability);
+}
+
+void add_bias(const float* bias, void* y, DType dtype, int64_t m, int64_t n, cudaStream_t stream) {
+  const char* op = "gemm_weight_only";
+  if (m * n == 0) return;
+  launch(op, add_bias_kernel, grid_of(op, (m * n + kBiasThreads - 1) / kBiasThreads), dim3(kBiasThreads), 0, stream, bias, y, dtype, n,
+         m * n);
+}
 
 void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                       cudaStream_t stream) {

@@ -106,7 +106,9 @@ TEST(Plan, FewRows) {
   // Real activations stay in shared memory: 8 rows at least must fit.
   EXPECT_TRUE(is_skinny(GemmFamily::kWeightOnly, 16, 4096, 11008));
   EXPECT_FALSE(is_skinny(GemmFamily::kWeightOnly, 16, 4096, 11008, 86));
-  EXPECT_FALSE(is_skinny(GemmFamily::kWeightOnly, 17, 4096, 4096));
+  EXPECT_TRUE(is_skinny(GemmFamily::kWeightOnly, 64, 4096, 4096));  // 16 at a time
+  EXPECT_FALSE(is_skinny(GemmFamily::kWeightOnly, 65, 4096, 4096));
+  EXPECT_EQ(plan_weight_only_rows(11008, 90), 32);
 
   // The activation is packed where that kernel takes it, and the weight never depends on the shape.
   const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, fp4{GridKind::kFp4, 4};

@@ -213,7 +213,7 @@ def test_nan_scale_reaches_its_row_alone(device: torch.device) -> None:
     [("int1", "planes"), ("int3", "planes"), ("int4", "packed"), ("fp4", "packed"), ("gauss4", "packed"),
      ("int8", "codes"), ("gauss8", "codes"), ("ternary", "packed"), ("int_zero3", "planes")],
 )  # fmt: skip
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 130, 257), (17, 33, 96), (3, 5, 1000)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 130, 257), (17, 33, 96), (3, 5, 1000), (70, 24, 264)])
 def test_weight_only(grid: str, layout: str, dtype: torch.dtype, m: int, n: int, k: int, device: torch.device) -> None:
     q = Quantizer.parse(grid)
     x, codes, w_scale, bias = torch.randn(m, k).to(dtype), random_codes(grid, n, k), torch.rand(n), torch.randn(n)

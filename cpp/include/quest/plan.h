@@ -61,6 +61,10 @@ int64_t stationary_stages(int32_t block_n, int64_t k);  // what the shared memor
 int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability);
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
 
+// Rows of real activations of 16-bit types up to which the kernels of gemm_weight_only are faster than a product with the dequantized
+// weight.
+int64_t plan_weight_only_rows(int64_t k, int32_t compute_capability);
+
 // Rows of real activations that the kernel for a weight of one plane takes as 16 planes each: 1, 2 or 4, at least m; 0 if there are more,
 // or they do not fit in shared memory.
 int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability);
