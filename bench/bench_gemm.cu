@@ -3,7 +3,8 @@
 // backend's before anything is timed. bench/run.py has the peers.
 //
 // bench_gemm CASE [M N K]...    CASE: w4a4, w1a1, w2a2, w4a8, w8a8 ... (wXaY), w4a4s with a 4:8 sparse weight, w1a16 ... with activations
-//                               of bfloat16; without shapes, the paper's 7B layers
+//                               of bfloat16 (of many rows too, where the operation multiplies by torch); without shapes, the paper's 7B
+//                               layers
 #include <cuda_bf16.h>
 
 #include <array>

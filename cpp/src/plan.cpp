@@ -213,8 +213,8 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capabilit
 }
 
 int64_t plan_weight_only_rows(int64_t k, int32_t compute_capability) {
-  // Rows that do not fit together are taken one part after another: the weight then comes from the L2 cache. Four times that costs about
-  // what dequantizing the weight does.
+  // More rows than fit at once are taken one part after another: the weight then comes from the L2 cache. Four times that costs about what
+  // dequantizing the weight does. (Where none fit there is the tiled kernel, up to as many rows.)
   constexpr int64_t kTurns = 4;
   const int32_t rows = plan_skinny_rows(GemmFamily::kWeightOnly, k, compute_capability);
   return kTurns * (rows > 0 ? rows : kSkinnyRows);
@@ -228,8 +228,8 @@ bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capabi
 
 int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability) {
   constexpr int32_t kMostRows = 4, kPlanes = 16;
-  constexpr int64_t kSliceBytes = 128;
-  if (k == 0 || m > kMostRows) return 0;
+  constexpr int64_t kSliceBytes = 128, kMostColumns = 65536;  // of numbers below 2^15, whose sum fits int32
+  if (k == 0 || k > kMostColumns || m > kMostRows) return 0;
   const int32_t rows = m <= 2 ? static_cast<int32_t>(m) : kMostRows;
   const int64_t bytes = rows * kPlanes * ((k / 8 + kSliceBytes - 1) / kSliceBytes * kSliceBytes);
   return bytes <= skinny_room(compute_capability) ? rows : 0;

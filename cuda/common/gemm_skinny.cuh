@@ -13,7 +13,7 @@
 //
 // Integer activations go the way of the weight: every warp loads the part of a that it multiplies, and the first cache keeps it for the
 // next tile. (In shared memory they would have to be there before the first product: 1 to 3 us.) Real ones, of two bytes a column, are kept
-// in shared memory.
+// in shared memory, as floats or as bit planes.
 #pragma once
 
 #include <algorithm>
@@ -355,7 +355,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
   SkinnyRow* const row_factors =
       reinterpret_cast<SkinnyRow*>(reinterpret_cast<Accumulator*>(dynamic_shared()) + kTeams * Kernel::kBuffers * Kernel::kBufferSums) +
       team * kOutputRows;
-  uint8_t* const a_shared = dynamic_shared() + Kernel::kSharedBytes;  // of ResidentFloats
+  uint8_t* const a_shared = dynamic_shared() + Kernel::kSharedBytes;  // of resident activations
 
   const int slices = static_cast<int>((w_source.row_bytes + Kernel::kWeightSlice - 1) / Kernel::kWeightSlice);
   const int first_slice = warp * slices / TEAM_WARPS, last_slice = (warp + 1) * slices / TEAM_WARPS;

@@ -49,7 +49,7 @@ struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + OTHER_BYTES;
   static_assert(BLOCK_M % (BUFFERS * Piece::ROWS) == 0, "the buffers take turns");
   static_assert(STAGES >= 3 && 2 * (STAGES + MULTIPLIERS * BUFFERS) * 8 <= 256, "a ring of stages");
-  // Registers a thread of the copying and the multiplying warpgroups; together at most what the three start with, a multiple of 8 each.
+  // Registers a thread of the copying and the multiplying warpgroups; together at most what they start with, a multiple of 8 each.
   static constexpr int COPIER_REGISTERS = MULTIPLIERS == 2 ? 40 : 56, MULTIPLIER_REGISTERS = MULTIPLIERS == 2 ? 232 : 152;
   static_assert(COPIER_REGISTERS + MULTIPLIERS * MULTIPLIER_REGISTERS <= 65536 / kWarpgroup, "or they wait for ever");
 };

@@ -1,10 +1,10 @@
 // gemm_weight_only: y = x (s_w level(c_w))^T + bias for real x. Codes are widened to x's type in registers, the row scale is applied to the
 // sum.
 //
-// bfloat16 and float16: tensor cores with float32 sums; the kernel for at most 16 rows (gemm_skinny.cuh), or the tiled one of all families.
-// Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them. At most 4 rows by one plane: x as 16 planes of
-// fixed-point numbers, on the 1-bit tensor cores (FixedPlanes), where a weight takes no instruction to widen.
-// float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
+// bfloat16 and float16: tensor cores with float32 sums; the kernel for few rows (gemm_skinny.cuh), 16 at a time, or the tiled one of all
+// families. Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them. At most 4 rows by one plane: x as 16
+// planes of fixed-point numbers, on the 1-bit tensor cores (FixedPlanes), where a weight takes no instruction to widen. float32: fused
+// multiply-adds in float32, 32 x 64 of y per thread block.
 #include <cuda_fp16.h>
 
 #include <cstring>
@@ -339,7 +339,7 @@ bool weight_only_fixed(const char* op, const void* x, const Operand& w, const Re
   return true;
 }
 
-// At most 16 rows, if their kernel takes these operands: true if it has been launched.
+// At most plan_weight_only_rows rows, if their kernel takes these operands: true if it has been launched.
 template <typename Mma>
 bool weight_only_skinny(const char* op, const void* x, const Operand& w, const RealEpilogue& epilogue, int64_t k, const Device& device,
                         cudaStream_t stream) {
@@ -368,7 +368,7 @@ bool weight_only_skinny(const char* op, const void* x, const Operand& w, const R
     std::memcpy(&rows.table, low, 16);
     std::memcpy(&rows.high_table, high, 16);
   }
-  // Where 16 rows do not fit in shared memory, the weight comes from the L2 cache the second time.
+  // As many rows at a time as fit in shared memory: after the first time the weight comes from the L2 cache.
   const int64_t step = plan_skinny_rows(GemmFamily::kWeightOnly, k, device.compute_capability);
   for (int64_t first = 0; first < m; first += step) {
     RealEpilogue part = epilogue;

@@ -185,9 +185,10 @@ def gemm_weight_only(
     """y [M, N] = x w_hat^T + bias for real x [M, K], which is rotated already if w is; in the dtype of x.
 
     Accumulated in float32. w: codes of any grid in layout codes, packed or planes; bias float32 [N] or None.
-    On a GPU at most 4 rows of a 16-bit dtype by an int1 weight in planes are multiplied as fixed-point numbers of
-    16 bits: what is smaller than 2^-7 of its row's largest magnitude is rounded, by at most 2^-15 of that. More than 64
-    rows (32 where K > 5632) of a 16-bit dtype are multiplied by torch with a weight that is dequantized to it, [N, K].
+    On a GPU and for a 16-bit dtype: at most 4 rows by an int1 weight in planes are multiplied as fixed-point numbers of
+    16 bits (what is smaller than 2^-7 of its row's largest magnitude is rounded, by at most 2^-15 of that; a row with a
+    NaN or an infinity gives NaN). More than 64 rows, 32 for some longer K (plan_weight_only_rows), are multiplied by
+    torch, at its precision, with a weight [N, K] that is dequantized to the dtype; a bias is then a second rounding.
     """
     return _op("gemm_weight_only")(x, w, w_scale, w_grid, w_layout, bias)
 

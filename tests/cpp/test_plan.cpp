@@ -109,6 +109,11 @@ TEST(Plan, FewRows) {
   EXPECT_TRUE(is_skinny(GemmFamily::kWeightOnly, 64, 4096, 4096));  // 16 at a time
   EXPECT_FALSE(is_skinny(GemmFamily::kWeightOnly, 65, 4096, 4096));
   EXPECT_EQ(plan_weight_only_rows(11008, 90), 32);
+  EXPECT_EQ(plan_fixed_rows(3, 4096, 90), 4);
+  EXPECT_EQ(plan_fixed_rows(5, 4096, 90), 0);
+  EXPECT_EQ(plan_fixed_rows(4, 32768, 90), 0);  // 256 KB
+  EXPECT_EQ(plan_fixed_rows(1, 65536, 90), 1);
+  EXPECT_EQ(plan_fixed_rows(1, 65544, 90), 0);  // sums beyond int32
 
   // The activation is packed where that kernel takes it, and the weight never depends on the shape.
   const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, fp4{GridKind::kFp4, 4};

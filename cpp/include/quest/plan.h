@@ -66,7 +66,7 @@ bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capabi
 int64_t plan_weight_only_rows(int64_t k, int32_t compute_capability);
 
 // Rows of real activations that the kernel for a weight of one plane takes as 16 planes each: 1, 2 or 4, at least m; 0 if there are more,
-// or they do not fit in shared memory.
+// their sums do not fit int32, or they do not fit in shared memory.
 int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability);
 
 // Whether gemm_int4, for more rows, multiplies codes as they are, two a byte, on tensor cores for 4-bit integers. Later GPUs than 8.9 only

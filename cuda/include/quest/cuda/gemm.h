@@ -4,7 +4,7 @@
 // kPacked and kPlanes operands and indices must start at a multiple of 16 bytes; other operands are fastest when they do and 16 bytes
 // divide a row. Integer sums are exact. gemm_weight_only of bfloat16 or float16 rounds the levels of a gauss grid to that type (other
 // levels are exact in it); of at most 4 rows by one plane it takes x as fixed-point numbers of 16 bits, in which what is smaller than 2^-7
-// of its row's largest magnitude is rounded, by at most 2^-15 of that.
+// of its row's largest magnitude is rounded, by at most 2^-15 of that, and of which those with a NaN or an infinity give NaN.
 #pragma once
 
 #include <cuda_runtime_api.h>
