@@ -54,7 +54,6 @@ struct WgmmaTimes {
   double few[3];
 };
 constexpr WgmmaTimes kBytesTimes = {0.57, 0.8, {0.25, 0.4, 0.67}}, kOtherTimes = {0.7, 0, {0.5, 0.75, 1.1}};
-constexpr int32_t kWgmmaFewSplit[3] = {4, 2, 1};
 
 // Rows up to which the kernel for few rows is faster than wgmma: of bytes and, on Hopper, where its warps unpack a for themselves, of
 // packed codes. (Elsewhere more than 16 rows are not measured.)
@@ -227,11 +226,11 @@ bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capabi
 }
 
 int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability) {
-  constexpr int32_t kMostRows = 4, kPlanes = 16;
-  constexpr int64_t kSliceBytes = 128, kMostColumns = 65536;  // of numbers below 2^15, whose sum fits int32
+  constexpr int32_t kMostRows = 4;
+  constexpr int64_t kMostColumns = 65536;  // of numbers below 2^15, whose sum fits int32
   if (k == 0 || k > kMostColumns || m > kMostRows) return 0;
   const int32_t rows = m <= 2 ? static_cast<int32_t>(m) : kMostRows;
-  const int64_t bytes = rows * kPlanes * ((k / 8 + kSliceBytes - 1) / kSliceBytes * kSliceBytes);
+  const int64_t bytes = rows * kFixedPlanes * ((k / 8 + kFixedSliceBytes - 1) / kFixedSliceBytes * kFixedSliceBytes);
   return bytes <= skinny_room(compute_capability) ? rows : 0;
 }
 

@@ -10,14 +10,13 @@
 #include <cstdint>
 
 #include "common/wgmma_fragments.cuh"
+#include "quest/plan.h"
 
 namespace quest::cuda {
 
 template <typename Mma_, typename Fragments_, int BLOCK_M_, int N_GROUPS_>
-struct FewTile : Warpgroups<N_GROUPS_, N_GROUPS_ == 1   ? 4
-                                       : N_GROUPS_ == 2 ? 2
-                                                        : 1> {
-  using Groups = Warpgroups<N_GROUPS_, N_GROUPS_ == 1 ? 4 : N_GROUPS_ == 2 ? 2 : 1>;
+struct FewTile : Warpgroups<N_GROUPS_, kWgmmaFewSplit[N_GROUPS_ - 1]> {
+  using Groups = Warpgroups<N_GROUPS_, kWgmmaFewSplit[N_GROUPS_ - 1]>;
   using Groups::MULTIPLIERS, Groups::BLOCK_N, Groups::N_GROUPS, Groups::K_GROUPS;
   using Mma = Mma_;
   using Fragments = Fragments_;

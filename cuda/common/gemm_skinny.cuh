@@ -198,7 +198,7 @@ struct SkinnyRow {
 template <typename Mma>
 struct FixedPlanes {
   static constexpr bool kResident = true;
-  static constexpr int kPlanes = 16, kParts = 2, kSliceBytes = 128, kTeamWarps = 4;
+  static constexpr int kPlanes = kFixedPlanes, kParts = 2, kSliceBytes = kFixedSliceBytes, kTeamWarps = 4;
 
   static __device__ __forceinline__ uint4 part(const uint8_t* shared, int row, int parity, int t, int part) {
     return *reinterpret_cast<const uint4*>(shared + row * kSliceBytes + t * 32 + (part ^ (parity & 1)) * 16);
@@ -232,7 +232,7 @@ struct FixedPlanes {
     uint32_t sum = 0;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) sum += static_cast<uint32_t>(shares().sum[row * kWarps + i]);
-    return {most <= 3.402823466e38f ? __uint_as_float((exponent(most) - 14) << 23) : NAN, 0u - sum};
+    return {most <= kLargestFloat ? __uint_as_float((exponent(most) - 14) << 23) : NAN, 0u - sum};
   }
 
   // All of x. The threads of the block share its rows, and those of a row its chunks of 8 values; what a thread loads at once, which may be
@@ -271,7 +271,6 @@ struct FixedPlanes {
         uint32_t pairs[4];  // of numbers
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          constexpr float kIntegerFloat = 12582912.0f;  // added to a float, leaves it as an integer in the low bits
           const float low = Mma::to_float(word_of(x, j) & 0xFFFFu), high = Mma::to_float(word_of(x, j) >> 16);
           pairs[j] = __byte_perm(__float_as_uint(fmaf(low, one_over_step, kIntegerFloat)),
                                  __float_as_uint(fmaf(high, one_over_step, kIntegerFloat)), 0x5410);

@@ -322,7 +322,7 @@ bool weight_only_fixed(const char* op, const void* x, const Operand& w, const Re
   x_rows.data = static_cast<const uint8_t*>(x);
   x_rows.rows = static_cast<uint32_t>(m);
   x_rows.row_bytes = static_cast<uint32_t>(2 * k);
-  const Affine map = affine(w.grid, Layout::kPlanes);  // what map.add adds is that times the row's sum
+  const Affine map = affine(w.grid, Layout::kPlanes);  // FixedPlanes::row_factors has the -1 of v = 2 c - 1: minus the row's sum
   IntegerEpilogue integers{};
   integers.output = epilogue.output;
   integers.w_scale = epilogue.w_scale;

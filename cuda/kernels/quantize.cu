@@ -31,7 +31,6 @@ namespace quest::cuda {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr float kLargestFloat = 3.402823466e38f;
 constexpr int kMaxThreads = 512;  // leaves a thread 128 registers, of which 8 chunks take 64
 
 struct Problem {
@@ -375,9 +374,6 @@ struct BlocksProblem {
   float level_mul, level_add;       // x-hat/s = level_mul code + level_add
   uint32_t stored_mul, stored_add;  // layout kValues, four bytes: (mul c + add) ^ 0x80 in each
 };
-
-// Added to a float of at most 2^22, this leaves the float rounded, ties to even, as an integer in the low bits.
-constexpr float kIntegerFloat = 12582912.0f;
 
 // The instructions for pairs of a 16-bit type.
 template <DType DTYPE>

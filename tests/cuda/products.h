@@ -9,6 +9,7 @@
 #include "quest/cuda/gemm.h"
 #include "quest/grid.h"
 #include "quest/packing.h"
+#include "quest/plan.h"
 
 namespace quest::testing {
 
@@ -147,7 +148,8 @@ inline void check_weight_only(Random& random, Grid grid, Layout layout, DType dt
   cuda::gemm_weight_only(device_x.data(), w.device(), device_bias.data(), y.data(), dtype, m, n, k, nullptr);
   const std::vector<uint8_t> got = y.host();
   const double level_rounding = grid.kind == GridKind::kGauss && dtype != DType::kFloat32 ? rounding(dtype) : 0.0;
-  const bool fixed = layout == Layout::kPlanes && grid == Grid{GridKind::kInt, 1} && dtype != DType::kFloat32 && m <= 4;
+  const bool fixed =
+      layout == Layout::kPlanes && grid == Grid{GridKind::kInt, 1} && dtype != DType::kFloat32 && plan_fixed_rows(m, k, 90) > 0;
   for (int64_t i = 0; i < m; ++i) {
     double largest = 0;
     for (int64_t l = 0; l < k; ++l) largest = std::max(largest, std::abs(static_cast<double>(wide[i * k + l])));

@@ -41,6 +41,8 @@ struct GemmTile {
 GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
+// split_k of plan_wgmma's tiles of few rows, by their 64, 128 or 192 columns.
+constexpr int32_t kWgmmaFewSplit[3] = {4, 2, 1};
 // The product of one plane each, which has two kernels of its own: that for few rows, and one whose rows of w stay in shared memory
 // (results in rows that start at multiples of 16 bytes; others get plan_wgmma's tile).
 GemmTile plan_bits(int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
@@ -67,6 +69,7 @@ int64_t plan_weight_only_rows(int64_t k, int32_t compute_capability);
 
 // Rows of real activations that the kernel for a weight of one plane takes as 16 planes each: 1, 2 or 4, at least m; 0 if there are more,
 // their sums do not fit int32, or they do not fit in shared memory.
+constexpr int32_t kFixedPlanes = 16, kFixedSliceBytes = 128;  // of a row; to whole slices of so many bytes a plane is padded
 int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability);
 
 // Whether gemm_int4, for more rows, multiplies codes as they are, two a byte, on tensor cores for 4-bit integers. Later GPUs than 8.9 only
