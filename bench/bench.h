@@ -1,7 +1,7 @@
 // What the GPU benchmarks share: device memory that is rotated past the cache, timing, and rows of CSV.
 //
 // A measurement is a CUDA graph of many launches, so that the host's time to launch is not in it. Each launch takes the next of enough
-// buffers to exceed the L2 several times. After one replay that is not counted, `kRounds` replays are timed with events; the median and
+// buffers to exceed the L2 several times. After half a second that is not counted, `kRounds` replays are timed with events; the median and
 // the spread (interquartile range over median) are kept. The limit is a plain device copy that moves as many bytes (read + written) over
 // the same memory, measured right before.
 #pragma once
@@ -26,6 +26,7 @@ constexpr double kRoundUs = 4000;                   // what a replay should take
 constexpr size_t kArenaBytes = size_t{1} << 30;     // of sources, and of destinations
 constexpr size_t kFlightBytes = size_t{512} << 20;  // what the buffers of a problem exceed together: several times the L2
 constexpr int kMostLaunches = 512;                  // in a graph
+constexpr double kSettleMs = 500;                   // what the clock takes to settle behind other work
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -79,14 +80,16 @@ inline Times time_graph(const std::function<void(cudaStream_t)>& capture, int la
   check(cudaEventCreate(&begin), "cudaEventCreate");
   check(cudaEventCreate(&end), "cudaEventCreate");
   std::vector<double> times;
-  for (int round = -1; round < kRounds; ++round) {
+  double elapsed_ms = 0;
+  while (times.size() < kRounds) {
     check(cudaEventRecord(begin, stream), "cudaEventRecord");
     for (int i = 0; i < replays; ++i) check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
     check(cudaEventRecord(end, stream), "cudaEventRecord");
     check(cudaStreamSynchronize(stream), "the timed launches");
     float ms = 0;
     check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
-    if (round >= 0) times.push_back(1e3 * ms / launches / replays);
+    if (elapsed_ms >= kSettleMs) times.push_back(1e3 * ms / launches / replays);
+    elapsed_ms += ms;
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);

@@ -22,7 +22,7 @@ namespace quest::bench {
 namespace {
 
 constexpr int kCheckedRows = 8;
-constexpr double kSustainedUs = 20e3;  // a round, of which time_graph has 12: long enough for the clock to settle
+constexpr double kSustainedUs = 20e3;  // a round: many of the clock's periods
 
 void serial(int64_t begin, int64_t end, int64_t, const RangeBody& body) { body(begin, end); }
 

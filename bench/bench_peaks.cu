@@ -8,7 +8,7 @@
 //   wgmma_sparse_s8  TOPS  m64n256k64, half of A's values stored; counts the products of the dense matrix
 //   wgmma_bf16       TOPS  m64n256k16
 //
-// A product and its addition are two operations. Each figure is a mean over at least 200 ms behind 300 ms of warm-up: a burst that ends
+// A product and its addition are two operations. Each figure is a mean over at least 200 ms behind 500 ms of warm-up: a burst that ends
 // before the power limit acts would be a limit that no long kernel can meet. Operands are random, since zeros toggle no wires and run
 // faster. Each kernel first multiplies ones, whose sums are known: a kernel without its instructions has no rate.
 //
@@ -28,9 +28,9 @@
 
 namespace {
 
-constexpr double kWarmupMs = 300;
-constexpr double kTimedMs = 300;  // launches are counted beforehand: at least 200 ms remain should the clock rise meanwhile
-constexpr double kLaunchMs = 5;   // long enough for the gap between launches, some microseconds, to vanish in it
+constexpr double kWarmupMs = 500;  // what the clock takes to settle behind other work
+constexpr double kTimedMs = 300;   // launches are counted beforehand: at least 200 ms remain should the clock rise meanwhile
+constexpr double kLaunchMs = 5;    // long enough for the gap between launches, some microseconds, to vanish in it
 constexpr size_t kCopyBytes = size_t{1} << 30;
 
 constexpr int kStages = 4;

@@ -2,15 +2,17 @@
 
 A case is one operation at several shapes, run by several backends in the same process. For each shape the harness
 first checks every backend's result, quest's against the float64 definition, and times nothing that is wrong. Operands
-are random and are rotated past the last-level cache, so that weights and activations are cold. Rounds of all backends
-are interleaved, so that a drift of the machine's speed meets all of them; the median and the spread (interquartile
-range over median) are kept. Rows go to DIR/CASE.csv, stamped with processor, driver, versions and commit.
+are random and are rotated past the last-level cache, so that weights and activations are cold. The median and the
+spread (interquartile range over median) of the rounds are kept. Rows go to DIR/CASE.csv, stamped with processor,
+driver, versions and commit.
 
 On a GPU the calls of one backend over all its buffers are one CUDA graph, and a replay of it is one sample: Python and
 launch gaps are in no number. A large product takes all the power that a GPU may draw, and the clock follows what the
-last milliseconds drew: each turn of a backend begins with SETTLE_US of its own work, so that its samples have the clock
-that it would run at by itself, as the ceilings have. Every call writes to memory of its own. On Hopper quest's products
-start while the call before them ends (programmatic dependent launch), as they do in use; the peers' kernels do not.
+last tenths of a second drew: behind other work an H200 takes 0.4 s to settle, and until then a product of int4 is up
+to 20 % slower and one of bfloat16 as much faster than by itself. So a backend first works for SETTLE_US, and its
+samples have the clock that it would run at by itself, as the ceilings have. Problems of few rows, which draw less, come
+first in a case, and settle for QUIET_SETTLE_US. Every call writes to memory of its own. On Hopper quest's products start
+while the call before them ends (programmatic dependent launch), as they do in use; the peers' kernels do not.
 
 The limit of a row comes from the same run: limit_us = max(operations / ceiling, bytes / copy bandwidth), with the bytes
 of quest's operands as they are stored and of its result, and the operations of the unit that should do them: the
@@ -77,7 +79,8 @@ CPU_CACHE_BYTES = 64 << 20  # no portable way to ask; larger than most last-leve
 CACHES_BETWEEN_USES = 4  # a buffer comes back after this many caches' worth of other bytes
 MAX_BUFFERS = 2048  # bounds the graph of calls that move next to nothing
 SAMPLE_US = 500.0  # a sample at least this long: the first launch of a graph, some microseconds, disappears in it
-TURNS, SETTLE_US = 3, 20e3  # of each backend; its own work before it is measured
+SETTLE_US, QUIET_SETTLE_US = 500e3, 100e3  # a backend's own work before it is measured
+QUIET_ROWS = 64  # problems of at most so many rows draw less power than a GPU may
 POOL_BYTES = 16 << 30  # cached memory of past problems is given back beyond this
 
 
@@ -307,8 +310,8 @@ def codes_check(
 
 def quantize_shapes(device: str, quick: bool) -> Iterator[Shape]:
     """packed with the mask: what training stores. values and planes without: what an inference product takes."""
-    wide = [(16384, k) for k in (2048, 4096, 5632, 11008)] + [(16, 4096)]
-    sizes = [(64 if quick else 4096, 4096)] if device == "cpu" else [(16384, 4096), (16, 4096)] if quick else wide
+    wide = [(16, 4096)] + [(16384, k) for k in (2048, 4096, 5632, 11008)]
+    sizes = [(64 if quick else 4096, 4096)] if device == "cpu" else [(16, 4096), (16384, 4096)] if quick else wide
     kinds = [(4, "packed", size) for size in sizes]
     if device == "cuda":
         kinds += [(4, "values", size) for size in sizes]
@@ -377,11 +380,11 @@ PROLOGUES: dict[str, Callable[..., Tensor]] = {"rms_norm": rms_norm, "silu_mul":
 
 def prologue_shapes(device: str, quick: bool) -> Iterator[Shape]:
     """int4 codes without a mask: what the product of an inference takes. K is the quantized width."""
-    sizes = [(16384, k) for k in (2048, 4096, 11008)] + [(16, 4096)]
+    sizes = [(16, 4096)] + [(16384, k) for k in (2048, 4096, 11008)]
     if device == "cpu":
         sizes = [(64 if quick else 1024, 4096)]
     elif quick:
-        sizes = [(16384, 4096), (16, 4096)]
+        sizes = [(16, 4096), (16384, 4096)]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for kind in PROLOGUES:
         for rows, k in sizes:
@@ -458,8 +461,8 @@ class Product:
             layers, ms = ([(512, 512)], [1, 16]) if quick else ([(4096, 4096)], [1, 16, 512])
         elif quick:
             layers, ms = [(2048, 2048), (4096, 4096)], [1, 64, 4096]
-        for n, k in layers:
-            for m in ms:
+        for m in ms:  # outermost: few rows before many (QUIET_ROWS)
+            for n, k in layers:
 
                 def build(m: int = m, n: int = n, k: int = k) -> Problem:
                     return product_problem(self, device, real, m, n, k)
@@ -641,7 +644,10 @@ def summarize(samples: list[float], moved: int) -> Timing:
     return Timing(median, 100 * (quartiles[2] - quartiles[0]) / median, moved)
 
 
-def measure_cpu(backends: Mapping[str, Backend], moved: Mapping[str, int], rounds: int) -> dict[str, Timing]:
+def measure_cpu(
+    backends: Mapping[str, Backend], moved: Mapping[str, int], rounds: int, quiet: bool = False
+) -> dict[str, Timing]:
+    """Rounds of all backends are interleaved: a drift of the machine's speed meets all of them."""
     sets = {
         name: copies(b.operands, buffer_count(moved[name], CPU_CACHE_BYTES, rounds)) for name, b in backends.items()
     }
@@ -705,7 +711,9 @@ def capture(backend: Backend, bytes_per_call: int) -> Capture:
     return once if turns == 1 else Capture(backend, sets, turns * len(sets))
 
 
-def measure_cuda(backends: Mapping[str, Backend], moved: Mapping[str, int], rounds: int) -> dict[str, Timing]:
+def measure_cuda(
+    backends: Mapping[str, Backend], moved: Mapping[str, int], rounds: int, quiet: bool = False
+) -> dict[str, Timing]:
     captures: dict[str, Capture] = {}
     for name, backend in backends.items():
         try:
@@ -715,12 +723,11 @@ def measure_cuda(backends: Mapping[str, Backend], moved: Mapping[str, int], roun
                 raise
             print(f"note: {name} cannot be captured in a graph and is left out here: {str(error).splitlines()[0]}")
     # All of it is queued before anything is waited for: the GPU goes from graph to graph without a pause.
-    events_of: dict[str, list[tuple[Any, Any]]] = {name: [] for name in captures}
-    for _ in range(TURNS):
-        for name, captured in captures.items():
-            for _ in range(math.ceil(SETTLE_US / captured.sample_us)):
-                captured.graph.replay()
-            events_of[name] += [captured.replay() for _ in range(math.ceil(rounds / TURNS))]
+    events_of: dict[str, list[tuple[Any, Any]]] = {}
+    for name, captured in captures.items():
+        for _ in range(math.ceil((QUIET_SETTLE_US if quiet else SETTLE_US) / captured.sample_us)):
+            captured.graph.replay()
+        events_of[name] = [captured.replay() for _ in range(rounds)]
     return {
         name: summarize([captured.per_call_us(events) for events in events_of[name]], moved[name])
         for name, captured in captures.items()
@@ -866,7 +873,7 @@ def run_case(
                 wrong += 1
                 print(f"{case:16} {shape.name:18} NOT TIMED: {error}", flush=True)
                 continue
-            timings = measure(backends, moved, QUICK_ROUNDS if quick else ROUNDS)
+            timings = measure(backends, moved, QUICK_ROUNDS if quick else ROUNDS, quick or shape.m <= QUIET_ROWS)
             limit = limit_us(problem, moved["quest"], peaks)
             writer.writerows(rows_of(case, shape, problem.operations, limit, timings, common))
             file.flush()

@@ -25,6 +25,7 @@ struct TileRow {
 };
 
 constexpr TileRow kSkinny = {16, 16, "skinny", "few rows: bound by the bytes of w, which are read once, straight to registers"};
+constexpr TileRow kHeld = {16, 32, "held", "few rows of real a: they stay in registers, and the bytes of w are read once"};
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
@@ -55,17 +56,20 @@ struct WgmmaTimes {
 };
 constexpr WgmmaTimes kBytesTimes = {0.57, 0.8, {0.25, 0.4, 0.67}}, kOtherTimes = {0.7, 0, {0.5, 0.75, 1.1}};
 
+// Steps along K from which two thread blocks share a tile of 64 columns where half of the multiprocessors would have none. (Bit planes take
+// so few steps, each several times, that it does not pay.)
+constexpr int64_t kPairedSteps = 8;
+
 // Rows up to which the kernel for few rows is faster than wgmma: of bytes and, on Hopper, where its warps unpack a for themselves, of
 // packed codes. (Elsewhere more than 16 rows are not measured.)
 constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
 constexpr int32_t kHopper = 90;
 
-// Shared memory that a thread block can have beside the 42 KB of the skinny kernel's own.
-int64_t skinny_room(int32_t compute_capability) {
-  constexpr int64_t kKilobyte = 1024;
+// Shared memory that a thread block can have.
+int64_t shared_bytes(int32_t compute_capability) {
   const bool large = compute_capability == 90 || compute_capability / 10 == 10;
   const bool middle = compute_capability == 80 || compute_capability == 87;
-  return ((large ? 227 : middle ? 163 : 99) - 42) * kKilobyte;
+  return (large ? 227 : middle ? 163 : 99) * 1024;
 }
 
 int64_t tiles(const TileRow& row, int64_t m, int64_t n) {
@@ -149,11 +153,14 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   const bool has_wgmma =
       family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes || family == GemmFamily::kSparse;
   if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
+  if (family == GemmFamily::kWeightOnly && k > 0 && m <= plan_weight_only_rows(compute_capability)) {
+    return {kHeld.kernel, false, plan_held(compute_capability).rows, kHeld.block_n, 512, 1, 1, kHeld.reason};
+  }
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
-  return compute_capability == kHopper && has_wgmma ? plan_wgmma(family, m, n, sm_count) : plan_mma_sync(family, m, n, sm_count);
+  return compute_capability == kHopper && has_wgmma ? plan_wgmma(family, m, n, k, sm_count) : plan_mma_sync(family, m, n, sm_count);
 }
 
-GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {
+GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
   const int32_t block_k = 2 * elements_of_64_bytes(family);
   constexpr int32_t pair = 2;  // blocks that copy half of their a each
   const bool bytes = family == GemmFamily::kInt4 || family == GemmFamily::kInt8;
@@ -170,7 +177,15 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {
   // Products of bytes and of packed weights have the kernel for few rows, instead of tiles of 16.
   const bool fewest = !bytes && m <= kWgmmaFew[1][0].block_m;
   for (int i = 0; i < 3; ++i) consider(kWgmmaFew[fewest][i], times.few[i], 1, kWgmmaFewSplit[i]);
-  if (m <= kWgmmaFew[0][0].block_m) return best;
+  if (m <= kWgmmaFew[0][0].block_m) {
+    const TileRow& narrow = kWgmmaFew[fewest][0];
+    if (family != GemmFamily::kPlanes && best.block_n == narrow.block_n && 2 * tiles(narrow, m, n) <= sm_count &&
+        k >= kPairedSteps * block_k) {
+      best.cluster = 2;
+      best.split_k *= 2;
+    }
+    return best;
+  }
   consider(kWgmma256, 1, pair, 1);
   consider(kWgmma128, times.m128n128, 1, 1);
   if (times.m128n192 > 0) consider(kWgmma192, times.m128n192, 1, 1);
@@ -205,24 +220,24 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capabilit
   if (k == 0) return 0;
   if (family == GemmFamily::kInt4 && compute_capability == kHopper) return kSkinnyNibbleRows;
   if (family == GemmFamily::kInt4 || family == GemmFamily::kInt8) return kSkinnyRows;
-  if (family != GemmFamily::kWeightOnly) return 0;
-  const int64_t bytes = (2 * k + 1023) / 1024 * 1024;  // of a row in shared memory, in slices of at most 1024
-  const int64_t room = skinny_room(compute_capability);
-  return kSkinnyRows * bytes <= room ? kSkinnyRows : 8 * bytes <= room ? 8 : 0;
+  return 0;
 }
 
-int64_t plan_weight_only_rows(int64_t k, int32_t compute_capability) {
-  // More rows than fit at once are taken one part after another: the weight then comes from the L2 cache. Four times that costs about what
-  // dequantizing the weight does. (Where none fit there is the tiled kernel, up to as many rows.)
-  constexpr int64_t kTurns = 4;
-  const int32_t rows = plan_skinny_rows(GemmFamily::kWeightOnly, k, compute_capability);
-  return kTurns * (rows > 0 ? rows : kSkinnyRows);
+HeldPlan plan_held(int32_t compute_capability) {
+  // By shared memory: 220 KB, 132 or 66, and the sums of passes.
+  const int64_t room = shared_bytes(compute_capability);
+  return room >= 227 * 1024 ? HeldPlan{16, 8} : room >= 163 * 1024 ? HeldPlan{8, 8} : HeldPlan{8, 4};
+}
+
+int64_t plan_weight_only_rows(int32_t compute_capability) {
+  // More rows than fit at once are taken one part after another: the weight then comes from the L2 cache. Eight times that costs about what
+  // dequantizing the weight does.
+  constexpr int64_t kTurns = 8;
+  return kTurns * plan_held(compute_capability).rows;
 }
 
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability) {
-  const int32_t rows = plan_skinny_rows(family, k, compute_capability);
-  if (family == GemmFamily::kWeightOnly) return rows > 0 && m <= plan_weight_only_rows(k, compute_capability);
-  return m <= rows;
+  return m <= plan_skinny_rows(family, k, compute_capability);
 }
 
 int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability) {
@@ -231,7 +246,7 @@ int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability) {
   if (k == 0 || k > kMostColumns || m > kMostRows) return 0;
   const int32_t rows = m <= 2 ? static_cast<int32_t>(m) : kMostRows;
   const int64_t bytes = rows * kFixedPlanes * ((k / 8 + kFixedSliceBytes - 1) / kFixedSliceBytes * kFixedSliceBytes);
-  return bytes <= skinny_room(compute_capability) ? rows : 0;
+  return bytes <= (shared_bytes(compute_capability) - 42 * 1024) ? rows : 0;
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {

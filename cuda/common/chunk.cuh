@@ -228,4 +228,8 @@ __device__ __forceinline__ uint2 transpose_bits(uint2 bytes) {
 
 __device__ __forceinline__ uint32_t byte_of(uint2 bytes, int i) { return (i < 4 ? bytes.x : bytes.y) >> (8 * (i % 4)) & 0xFFu; }
 
+__device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
 }  // namespace quest::cuda

@@ -66,8 +66,6 @@ struct RealEpilogue {
 
   __device__ __forceinline__ uint32_t row_part(int64_t, int32_t) const { return 0; }
   __device__ __forceinline__ uint32_t column_part(int64_t, int32_t) const { return 0; }
-  __device__ __forceinline__ int32_t load_column(int64_t) const { return 0; }
-  __device__ __forceinline__ uint32_t column_of(int32_t) const { return 0; }
   __device__ __forceinline__ float row_scale(int64_t) const { return 1.0f; }
   __device__ __forceinline__ float column_scale(int64_t column) const { return w_scale[column]; }
   __device__ __forceinline__ float product(float accumulator, uint32_t, uint32_t) const { return accumulator; }

@@ -12,8 +12,8 @@
 // unpacking the weight is cheapest.
 //
 // Integer activations go the way of the weight: every warp loads the part of a that it multiplies, and the first cache keeps it for the
-// next tile. (In shared memory they would have to be there before the first product: 1 to 3 us.) Real ones, of two bytes a column, are kept
-// in shared memory, as floats or as bit planes.
+// next tile. (In shared memory they would have to be there before the first product: 1 to 3 us.) Real ones, by a weight of one plane, are
+// bit planes in shared memory. (gemm_held.cuh has the other products of real activations.)
 #pragma once
 
 #include <algorithm>
@@ -37,19 +37,13 @@ struct SkinnyRows {
   const uint8_t* data;
   int64_t plane_bytes;
   uint32_t rows, row_bytes;
-  uint32_t flip;                // of bytes: 0x80808080 makes c - 128 of 8-bit codes
-  uint4 table, high_table;      // of nibbles that are looked up: bytes, or the low and the high bytes of 16-bit floats
-  float mul, add;               // level = mul code + add
-  uint32_t mul_pair, add_pair;  // the same, twice each in 16 bits
+  uint32_t flip;  // of bytes: 0x80808080 makes c - 128 of 8-bit codes
+  uint4 table;    // of nibbles that are looked up
 
   __device__ __forceinline__ const uint8_t* row(uint32_t i) const { return data + static_cast<uint64_t>(i) * row_bytes; }
 };
 
-__device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
-  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
-}
-
-// ---- what a lane loads of a weight row, kLaneBytes of every plane for kLaneColumns, and what it becomes: words 2p and 2p + 1 of `part`,
+// ---- what a lane loads of a weight row, kLaneBytes, and what it becomes: words 2p and 2p + 1 of `part`,
 // which belongs to 16 bytes of a. Bytes beyond the row are its last ones: what comes of them is multiplied by a zero. kDepth: the most
 // slices that a warp has on their way.
 
@@ -58,7 +52,7 @@ __device__ __forceinline__ uint4 load_weight(const SkinnyRows& source, const uin
 }
 
 struct ByteColumns {
-  static constexpr int kDepth = 2, kLaneColumns = 32, kLaneBytes = 32;
+  static constexpr int kDepth = 2, kLaneBytes = 32;
   uint4 loaded[2];
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded[0] = load_weight(source, row, byte);
@@ -67,7 +61,7 @@ struct ByteColumns {
 };
 
 struct PackedColumns {
-  static constexpr int kDepth = 4, kLaneColumns = 32, kLaneBytes = 16;
+  static constexpr int kDepth = 4, kLaneBytes = 16;
   uint4 loaded;
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded = load_weight(source, row, byte);
@@ -135,51 +129,6 @@ struct StreamedBytes {
     if constexpr (!EVEN_ODD) return x;
     return make_uint4(__byte_perm(x.x, x.y, 0x6420), __byte_perm(x.x, x.y, 0x7531), __byte_perm(x.z, x.w, 0x6420),
                       __byte_perm(x.z, x.w, 0x7531));
-  }
-};
-
-// 16-bit floats in shared memory, in the order of W::order. A row of a slice is kParts pieces of 16 bytes for every lane; a lane's lie 64
-// bytes apart, neighbours swapped in odd rows, so that eight lanes read 32 banks.
-template <typename W>
-struct ResidentFloats {
-  static constexpr bool kResident = true;
-  static constexpr int kPlanes = 1, kParts = W::kLaneColumns / 8, kSliceBytes = 4 * 16 * kParts, kTeamWarps = W::kTeamWarps;
-
-  static __device__ __forceinline__ int offset(int row, int t, int part) { return (part ^ (row & 1)) * 64 + t * 16; }
-  // Of row `row` of all slices' rows; parity: that of the row in a.
-  static __device__ __forceinline__ uint4 part(const uint8_t* shared, int row, int parity, int t, int part) {
-    return *reinterpret_cast<const uint4*>(shared + row * kSliceBytes + offset(parity, t, part));
-  }
-
-  // All of a. A thread stays in one row, of which it takes W::kOrdered pieces side by side to as many parts of a lane.
-  template <int ROWS>
-  static __device__ __forceinline__ void store(const SkinnyRows& source, int slices, uint8_t* target) {
-    constexpr uint32_t kRuns = kSliceBytes / (16 * W::kOrdered), kRowThreads = kSkinnyThreads / ROWS;
-    constexpr int kBatch = 8 / W::kOrdered;  // runs of a thread that are on their way together
-    const uint32_t row = threadIdx.x / kRowThreads, runs = slices * kRuns;
-    if (row >= source.rows) return;  // what is multiplied by them is not stored
-    const uint8_t* const source_row = source.row(row);
-    for (uint32_t first = threadIdx.x % kRowThreads; first < runs; first += kBatch * kRowThreads) {
-      uint4 loaded[kBatch][W::kOrdered];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-#pragma unroll
-        for (int i = 0; i < W::kOrdered; ++i) {
-          loaded[b][i] = load_activation(source, source_row, ((first + b * kRowThreads) * W::kOrdered + i) * 16);
-        }
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const uint32_t i = first + b * kRowThreads, slice = i / kRuns, part = i % kRuns * W::kOrdered;
-        if (i >= runs) break;
-        W::order(loaded[b]);
-        uint8_t* const slice_row = target + (slice * ROWS + row) * kSliceBytes;
-#pragma unroll
-        for (int j = 0; j < W::kOrdered; ++j) {
-          *reinterpret_cast<uint4*>(slice_row + offset(row, part / kParts, part % kParts + j)) = loaded[b][j];
-        }
-      }
-    }
   }
 };
 
@@ -320,7 +269,7 @@ struct SkinnyShares {
   int32_t least, more;
 };
 
-// TILES_M: of 8 rows of a, which are planes where kPlanes > 1. TEAM_WARPS: that share K.
+// TILES_M: of 8 rows of a, of which kPlanes are one of y. TEAM_WARPS: that share K.
 template <typename Mma, typename W, typename A, int TILES_M, int TEAM_WARPS>
 struct SkinnyKernel {
   using Accumulator = typename Mma::Accumulator;
@@ -337,11 +286,11 @@ struct SkinnyKernel {
       kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(Accumulator)) + kOutputRows * static_cast<int>(sizeof(SkinnyRow)));
 };
 
-template <typename Mma, typename W, typename A, typename Epilogue, int TILES_M, int TEAM_WARPS>
+template <typename Mma, typename W, typename A, int TILES_M, int TEAM_WARPS>
 __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __grid_constant__ SkinnyRows a_source,
                                                                         const __grid_constant__ SkinnyRows w_source,
                                                                         const __grid_constant__ SkinnyShares shares,
-                                                                        const __grid_constant__ Epilogue epilogue) {
+                                                                        const __grid_constant__ IntegerEpilogue epilogue) {
   using Kernel = SkinnyKernel<Mma, W, A, TILES_M, TEAM_WARPS>;
   using Accumulator = typename Mma::Accumulator;
   constexpr int kRows = Kernel::kRows, kOutputRows = Kernel::kOutputRows, kTeams = Kernel::kTeams, kTeamThreads = Kernel::kTeamThreads,
@@ -399,15 +348,13 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
   for (int d = 0; d < kDepth; ++d) {
     if (first_slice + d < last_slice) load(loaded[d], rows.top, rows.bottom, first_slice + d);
   }
-  if (A::kPlanes == 1 && thread < kOutputRows) {  // the first barrier of the team comes before they are read
+  if (!A::kResident && thread < kOutputRows) {  // the first barrier of the team comes before they are read
     const bool exists = thread < y.m;
     row_factors[thread] = {exists ? epilogue.row_scale(thread) : 0.0f, exists ? epilogue.row_part(thread, 0) : 0};
   }
   if constexpr (A::kResident) {
     A::template store<kRows>(a_source, slices, a_shared);
     __syncthreads();
-  }
-  if constexpr (A::kPlanes > 1) {
     if (thread < kOutputRows) row_factors[thread] = A::template row_factors<kRows>(thread);
   }
 
@@ -457,7 +404,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
 
     if (Kernel::kBuffers == 1 && tile_n != first_n) team_barrier();  // the sums of the tile before have been read
     Accumulator* const own = sums + buffer * Kernel::kBufferSums + warp * kOutputRows * kSumPitch;
-    if constexpr (A::kPlanes > 1) {
+    if constexpr (A::kResident) {
 #pragma unroll
       for (int m = 0; m < kOutputRows; ++m) {
         const uint2 combined = A::combine(accumulators, m);
@@ -514,8 +461,8 @@ inline SkinnyRows skinny_rows(const Operand& operand, int64_t rows, int64_t k) {
 }
 
 // Thread blocks that make few tiles have few teams: then more warps share K.
-template <typename Mma, typename W, typename A, int TILES_M, typename Epilogue>
-void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& w, const Epilogue& epilogue, const Device& device,
+template <typename Mma, typename W, typename A, int TILES_M>
+void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& w, const IntegerEpilogue& epilogue, const Device& device,
                          cudaStream_t stream) {
   constexpr int64_t kMost = INT32_MAX / 2;  // columns beyond the last are reckoned with
   const int64_t n = epilogue.output.n;
@@ -528,8 +475,8 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
     using Kernel = SkinnyKernel<Mma, W, A, TILES_M, team_warps()>;
     int64_t shared = Kernel::kSharedBytes;
     if constexpr (A::kResident) shared += 8 * TILES_M * round_up(a.row_bytes / A::kPlanes, A::kSliceBytes);
-    launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, Epilogue, TILES_M, team_warps()>,
-                dim3(static_cast<unsigned>(blocks)), dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares, epilogue);
+    launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, TILES_M, team_warps()>, dim3(static_cast<unsigned>(blocks)),
+                dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares, epilogue);
   };
   // Teams of many warps where two of them make all tiles of a block.
   constexpr int kManyWarps = 8, kFewEights = 2 * kSkinnyWarps / kManyWarps;
@@ -538,8 +485,8 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
 }
 
 // At most 16 rows; packed codes on both sides: at most 32.
-template <typename Mma, typename W, typename A, typename Epilogue>
-void launch_skinny(const char* op, const SkinnyRows& a, const SkinnyRows& w, const Epilogue& epilogue, const Device& device,
+template <typename Mma, typename W, typename A>
+void launch_skinny(const char* op, const SkinnyRows& a, const SkinnyRows& w, const IntegerEpilogue& epilogue, const Device& device,
                    cudaStream_t stream) {
   const int64_t m = epilogue.output.m;
   constexpr int kMostRows = std::is_same_v<A, StreamedNibbles> ? 32 : 16;

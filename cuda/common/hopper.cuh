@@ -76,8 +76,23 @@ __device__ __forceinline__ void cluster_sync() {
 }
 
 // The same without a fence before it, for barriers that have been initialised, after barrier_init_fence: it orders nothing else.
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive_relaxed();
+  cluster_wait();
+}
+
+// 16 bytes to the same place in the shared memory of block `rank` of the cluster, whose barrier counts them.
+__device__ __forceinline__ void store_async(uint32_t rank, void* target, const int32_t (&words)[4], uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .b32 remote, counting;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 counting, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [remote], {%3, %4, %5, %6}, [counting];\n}" ::"r"(
+          shared_address(target)),
+      "r"(shared_address(barrier)), "r"(rank), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
 }
 
 // ---- the copy engine

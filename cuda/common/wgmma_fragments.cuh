@@ -26,6 +26,7 @@ struct WgmmaProblem {
   TileOutput output;
   Steps steps;
   int32_t tiles_m, clusters_n;    // of the tile's rows of y, of the cluster's columns
+  int32_t paired;                 // FewTile: 1 if two thread blocks share a tile along K, else 0
   uint32_t flip;                  // ByteFragments
   uint4 table;                    // TableFragments
   uint32_t value_mul, value_add;  // SparseFragments: v + 128, four bytes, of four codes

@@ -63,14 +63,15 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
               dim3(Tile::THREADS), Tile::SHARED_BYTES, stream, maps.a, maps.w, maps.index, y_map, problem);
 }
 
-// A block for each tile.
+// A block for each tile, or a pair.
 template <typename Tile>
-void launch_few_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, const Device& device,
+void launch_few_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, bool paired, const Device& device,
                      cudaStream_t stream) {
   const WgmmaMaps maps = wgmma_maps<Tile>(op, a, w, problem, k);
-  const int64_t blocks = int64_t{problem.tiles_m} * problem.clusters_n;
-  launch_with({1, device.hopper_code}, op, gemm_few_kernel<Tile>, dim3(static_cast<unsigned>(blocks)), dim3(Tile::THREADS),
-              Tile::SHARED_BYTES, stream, maps.a, maps.w, maps.index, problem);
+  problem.paired = paired ? 1 : 0;
+  const int64_t blocks = int64_t{problem.tiles_m} * problem.clusters_n << problem.paired;
+  launch_with({1 << problem.paired, device.hopper_code}, op, gemm_few_kernel<Tile>, dim3(static_cast<unsigned>(blocks)),
+              dim3(Tile::THREADS), Tile::SHARED_BYTES, stream, maps.a, maps.w, maps.index, problem);
 }
 
 // Whether this GPU has the code, and the copy engine can read both operands: rows that start at multiples of 16 bytes.
@@ -86,9 +87,9 @@ void launch_wgmma(const char* op, const GemmTile& tile, const Operand& a, const 
   auto run = [&](auto shape) { launch_wgmma_tile<decltype(shape)>(op, a, w, problem, k, device, stream); };
   auto run_few = [&](auto block_m) {
     switch (tile.block_n) {
-      case 64: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 1>>(op, a, w, problem, k, device, stream);
-      case 128: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 2>>(op, a, w, problem, k, device, stream);
-      default: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 3>>(op, a, w, problem, k, device, stream);
+      case 64: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 1>>(op, a, w, problem, k, tile.cluster > 1, device, stream);
+      case 128: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 2>>(op, a, w, problem, k, false, device, stream);
+      default: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 3>>(op, a, w, problem, k, false, device, stream);
     }
   };
   switch (tile.block_m) {

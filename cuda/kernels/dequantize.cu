@@ -57,39 +57,51 @@ __device__ uint2 load_codes(const Problem& problem, const ChunkPosition& at, uin
   return make_uint2(static_cast<uint32_t>(spread), static_cast<uint32_t>(spread >> 32));
 }
 
+constexpr int kSpans = 4;  // a thread has that many loads on their way
+
 template <typename Grid>
 __global__ __launch_bounds__(kRowsThreads) void dequantize_kernel(const __grid_constant__ Problem problem,
                                                                   const __grid_constant__ Grid grid) {
   __shared__ float table[Grid::kTableFloats];
   grid.prepare(table);
   __syncthreads();
-  const ChunkPosition at = chunk_position(problem.rows, problem.k, problem.warps_a_row);
-  if (!at.exists) return;
-  float x[kChunk] = {};
-  if (at.count > 0) {
-    uint32_t kept = 15;
+  const ChunkPosition first = chunk_position<kSpans>(problem.rows, problem.k, problem.warps_a_row);
+  if (!first.exists) return;
+  uint2 codes[kSpans];
+  uint32_t kept[kSpans];  // of a chunk's pairs, a bit each
+#pragma unroll
+  for (int span = 0; span < kSpans; ++span) {
+    const ChunkPosition at = in_span(first, span, problem.k);
+    codes[span] = make_uint2(0, 0);
+    kept[span] = 15;
+    if (at.count == 0) continue;
     uint32_t pairs = 0;
     if (problem.index != nullptr) {
       pairs = problem.index[at.row * problem.index_row_bytes + at.chunk / 2] >> (4 * (at.chunk % 2)) & 15u;
-      kept = 1u << (pairs & 3u) | 1u << (pairs >> 2);
+      kept[span] = 1u << (pairs & 3u) | 1u << (pairs >> 2);
     }
-    const uint2 codes = load_codes(problem, at, pairs);
-    const float scale = problem.scale[at.row];
+    codes[span] = load_codes(problem, at, pairs);
+  }
+  const float scale = problem.scale[first.row];
+#pragma unroll
+  for (int span = 0; span < kSpans; ++span) {
+    const ChunkPosition at = in_span(first, span, problem.k);
+    float x[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const uint32_t code = byte_of(codes, i);
+      const uint32_t code = byte_of(codes[span], i);
       float level = problem.layout == Layout::kValues
                         ? problem.value_mul * static_cast<float>(static_cast<int8_t>(code)) + problem.value_add
                         : grid.level(code, table);
-      if ((kept >> (i / 2) & 1u) == 0) level = 0.0f;
+      if ((kept[span] >> (i / 2) & 1u) == 0) level = 0.0f;
       x[i] = i < at.count ? __fmul_rn(scale, level) : 0.0f;
     }
+    if (problem.block > 1) {
+      hadamard_warp(x, problem.block);
+      multiply(x, problem.factor);
+    }
+    store_chunk(problem.y, x, problem.dtype, at.row * problem.k + at.chunk * kChunk, at.count, problem.vectorized_output);
   }
-  if (problem.block > 1) {
-    hadamard_warp(x, problem.block);
-    multiply(x, problem.factor);
-  }
-  store_chunk(problem.y, x, problem.dtype, at.row * problem.k + at.chunk * kChunk, at.count, problem.vectorized_output);
 }
 
 }  // namespace
@@ -117,7 +129,7 @@ void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, co
   problem.dtype = dtype;
   problem.rows = rows;
   problem.k = k;
-  problem.warps_a_row = warps_of_row(k);
+  problem.warps_a_row = warps_of_row(k, kSpans);
   problem.code_row_bytes = row_bytes(layout, stored);
   problem.index_row_bytes = index_row_bytes(k);
   problem.value_mul = static_cast<float>(value.mul);
@@ -127,7 +139,8 @@ void dequantize(const Quantizer& quantizer, Layout layout, const void* codes, co
   problem.vectorized_codes = is_aligned(codes, 8) && k % 8 == 0;
   problem.vectorized_output = is_aligned(y, 16) && k * element_size(dtype) % 16 == 0;
   with_grid(quantizer.grid, [&](auto grid) {
-    launch(op, dequantize_kernel<decltype(grid)>, grid_of(op, blocks_of_rows(rows, k)), dim3(kRowsThreads), 0, stream, problem, grid);
+    launch(op, dequantize_kernel<decltype(grid)>, grid_of(op, blocks_of_rows(rows, k, kSpans)), dim3(kRowsThreads), 0, stream, problem,
+           grid);
   });
 }
 

@@ -7,7 +7,7 @@ bool gemm_int4_wgmma(const char* op, const Operand& a, const Operand& w, const O
                      cudaStream_t stream) {
   const bool even_odd = a.layout == Layout::kEvenOdd && !is_fp4(a) && !is_fp4(w);
   if (!(even_odd || is_bytes(a)) || !takes_wgmma(a, w, k, device)) return false;
-  const GemmTile tile = plan_wgmma(GemmFamily::kInt4, output.m, output.n, device.sm_count);
+  const GemmTile tile = plan_wgmma(GemmFamily::kInt4, output.m, output.n, k, device.sm_count);
   const Affine a_map = affine(a.grid, a.layout);
   WgmmaProblem problem{};
   if (even_odd) {

@@ -11,7 +11,7 @@ bool gemm_int8_wgmma(const char* op, const Operand& a, const Operand& w, const O
   const Affine a_map = affine(a.grid, a.layout), w_map = affine(w.grid, flips ? Layout::kValues : w.layout);
   // The other side of fp4 would need the sum of each row of its values, which does not follow from its codes.
   if ((is_fp4(w) && a_map.add != 0) || (is_fp4(a) && w_map.add != 0)) return false;
-  const GemmTile tile = plan_wgmma(GemmFamily::kInt8, output.m, output.n, device.sm_count);
+  const GemmTile tile = plan_wgmma(GemmFamily::kInt8, output.m, output.n, k, device.sm_count);
   WgmmaProblem problem{};
   problem.output.epilogue = integer_epilogue(a, w, a_map, w_map, output, k);
   problem.flip = flips ? 0x80808080u : 0u;

@@ -16,7 +16,7 @@ bool gemm_planes_wgmma(const char* op, const Operand& a, const Operand& w, const
       return true;
     }
   }
-  const GemmTile tile = plan_wgmma(GemmFamily::kPlanes, output.m, output.n, device.sm_count);
+  const GemmTile tile = plan_wgmma(GemmFamily::kPlanes, output.m, output.n, k, device.sm_count);
   WgmmaProblem problem{};
   problem.output.epilogue = epilogue;
   launch_wgmma<WgmmaBits, ByteFragments>(op, tile, a, w, problem, k, device, stream);

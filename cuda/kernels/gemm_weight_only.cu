@@ -1,15 +1,17 @@
 // gemm_weight_only: y = x (s_w level(c_w))^T + bias for real x. Codes are widened to x's type in registers, the row scale is applied to the
 // sum.
 //
-// bfloat16 and float16: tensor cores with float32 sums; the kernel for few rows (gemm_skinny.cuh), 16 at a time, or the tiled one of all
+// bfloat16 and float16: tensor cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 at a time, or the tiled one of all
 // families. Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them. At most 4 rows by one plane: x as 16
-// planes of fixed-point numbers, on the 1-bit tensor cores (FixedPlanes), where a weight takes no instruction to widen. float32: fused
-// multiply-adds in float32, 32 x 64 of y per thread block.
+// planes of fixed-point numbers, on the 1-bit tensor cores (gemm_skinny.cuh: FixedPlanes), where a weight takes no instruction to widen.
+// float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
+#include "common/gemm_held.cuh"
 #include "common/gemm_skinny.cuh"
 #include "common/gemm_tile.cuh"
 #include "quest/cuda/gemm.h"
@@ -122,92 +124,6 @@ template <int ROWS>
 using BFloat16Loader = LevelLoader<ROWS, MmaBFloat16>;
 template <int ROWS>
 using Float16Loader = LevelLoader<ROWS, MmaFloat16>;
-
-// ---- at most 16 rows: weights to pairs of 16-bit floats. A pair are two columns whose codes fall out of one shift: i and i + 4 of 8 for
-// nibbles, i and i + 16 of 32 for bits. order: kOrdered times 8 neighbouring columns of x, as many words of such pairs. kTeamWarps: such
-// that a warp has several slices of a row.
-
-// 4-bit codes of a grid of equal steps: bits of a code below those of a power of two are a float that is exactly so much larger.
-template <typename Mma>
-struct FloatNibbles : PackedColumns {
-  static constexpr int kOrdered = 1, kTeamWarps = 8;
-  __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
-    const uint32_t codes = word_of(loaded, part) >> 8 * p;
-    auto pair = [&](uint32_t two) {
-      const uint32_t exact = Mma::fma((two & 0x000F000Fu) | Mma::kShift, Mma::kOne, Mma::kMinusShift);
-      return Mma::fma(exact, source.mul_pair, source.add_pair);
-    };
-    return make_uint2(pair(codes), pair(codes >> 4));
-  }
-  static __device__ __forceinline__ void order(uint4 (&x)[1]) {
-    x[0] = make_uint4(__byte_perm(x[0].x, x[0].z, 0x5410), __byte_perm(x[0].x, x[0].z, 0x7632), __byte_perm(x[0].y, x[0].w, 0x5410),
-                      __byte_perm(x[0].y, x[0].w, 0x7632));
-  }
-};
-
-// 4-bit codes of any grid.
-struct FloatTable : PackedColumns {
-  static constexpr int kOrdered = 1, kTeamWarps = 8;
-  __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
-    const uint32_t codes = word_of(loaded, part) >> 16 * p;
-    const uint32_t low = look_up_nibbles(source.table, codes), high = look_up_nibbles(source.high_table, codes);
-    return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
-  }
-  static __device__ __forceinline__ void order(uint4 (&)[1]) {}
-};
-
-// Codes of a byte, of a grid of equal steps.
-template <typename Mma>
-struct FloatBytes : ByteColumns {
-  static constexpr int kOrdered = 1, kTeamWarps = 8;
-  __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
-    const uint32_t codes = word_of(loaded[part / 2], part % 2 * 2 + p);
-    auto level = [&](uint32_t selector) {  // 0x4700cc00 is the float 32768 + c
-      return fmaf(source.mul, __uint_as_float(__byte_perm(codes, 0x47000000u, selector)), source.add - 32768.0f * source.mul);
-    };
-    return make_uint2(Mma::pack(level(0x7504u), level(0x7514u)), Mma::pack(level(0x7524u), level(0x7534u)));
-  }
-  static __device__ __forceinline__ void order(uint4 (&)[1]) {}
-};
-
-// Bit planes of an int grid: the sum of 2^j with the sign of plane j.
-template <typename Mma, int BITS>
-struct FloatPlanes {
-  static constexpr int kOrdered = 4, kTeamWarps = 2;
-  static constexpr int kDepth = 4, kLaneColumns = 128, kLaneBytes = 16;
-  uint4 loaded[BITS];
-  __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
-#pragma unroll
-    for (int j = 0; j < BITS; ++j) loaded[j] = load_weight(source, row + j * source.plane_bytes, byte);
-  }
-  __device__ __forceinline__ uint2 words(const SkinnyRows&, int part, int p) const {
-    uint32_t pairs[2];
-#pragma unroll
-    for (int j = 0; j < BITS; ++j) {
-      // 2^j in the exponent, the sign of a bit that is not set.
-      const uint32_t minus = (Mma::kOne | 0x80008000u) + static_cast<uint32_t>(j) * Mma::kExponentStep;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t pair = (word_of(loaded[j], part / 4) << (15 - (part % 4 * 4 + 2 * p + i)) & 0x80008000u) ^ minus;
-        pairs[i] = j == 0 ? pair : Mma::fma(pair, Mma::kOne, pairs[i]);
-      }
-    }
-    return make_uint2(pairs[0], pairs[1]);
-  }
-  static __device__ __forceinline__ void order(uint4 (&x)[4]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {  // columns 8 half ... and those 16 further
-      const uint4 low = x[half], high = x[half + 2];
-      const uint4 first = make_uint4(__byte_perm(low.x, high.x, 0x5410), __byte_perm(low.x, high.x, 0x7632),
-                                     __byte_perm(low.y, high.y, 0x5410), __byte_perm(low.y, high.y, 0x7632));
-      const uint4 second = make_uint4(__byte_perm(low.z, high.z, 0x5410), __byte_perm(low.z, high.z, 0x7632),
-                                      __byte_perm(low.w, high.w, 0x5410), __byte_perm(low.w, high.w, 0x7632));
-      x[half] = first, x[half + 2] = second;
-    }
-    const uint4 third = x[1];  // parts 0 and 1 are of the columns 0 to 7, 2 and 3 of those from 8 on
-    x[1] = x[2], x[2] = third;
-  }
-};
 
 constexpr int kRealM = 32, kRealN = 64, kRealK = 32, kRealThreads = 128;
 
@@ -341,23 +257,29 @@ bool weight_only_fixed(const char* op, const void* x, const Operand& w, const Re
 
 // At most plan_weight_only_rows rows, if their kernel takes these operands: true if it has been launched.
 template <typename Mma>
-bool weight_only_skinny(const char* op, const void* x, const Operand& w, const RealEpilogue& epilogue, int64_t k, const Device& device,
-                        cudaStream_t stream) {
+bool weight_only_held(const char* op, const void* x, const Operand& w, const RealEpilogue& epilogue, int64_t k, const Device& device,
+                      cudaStream_t stream) {
   const int64_t m = epilogue.output.m, n = epilogue.output.n;
   const bool even_steps = w.grid.kind != GridKind::kFp4 && w.grid.kind != GridKind::kGauss;
   const bool bytes = w.layout == Layout::kCodes;
+  if (m > plan_weight_only_rows(device.compute_capability) || k == 0) return false;
   if (!is_aligned(x, 16) || !is_aligned(w.data, 16) || k % 8 != 0 || (bytes && (!even_steps || k % 16 != 0))) return false;
   if (w.layout == Layout::kPlanes && (w.grid.kind != GridKind::kInt || w.grid.bits > 3)) return false;
   if (w.layout == Layout::kPlanes && w.grid.bits == 1 && weight_only_fixed<Mma>(op, x, w, epilogue, k, device, stream)) return true;
-  if (!plan_skinny(GemmFamily::kWeightOnly, m, k, device.compute_capability)) return false;
-  SkinnyRows rows = skinny_rows(w, n, k);
-  rows.flip = 0;
+  HeldProblem problem{};
+  problem.w = static_cast<const uint8_t*>(w.data);
+  problem.k = static_cast<int32_t>(k);
+  problem.w_row_bytes = static_cast<uint32_t>(row_bytes(w.layout, k));
+  problem.w_plane_bytes = n * row_bytes(w.layout, k);
+  problem.output = epilogue.output;
+  problem.w_scale = epilogue.w_scale;
+  problem.unit = even_steps ? std::ldexp(1.0f, Mma::kLevelShift) : 1.0f;
   if (even_steps) {
     const Affine map = affine(w.grid, Layout::kCodes);
-    rows.mul = static_cast<float>(map.mul);
-    rows.add = static_cast<float>(map.add);
-    rows.mul_pair = pair_of<Mma>(rows.mul);
-    rows.add_pair = pair_of<Mma>(rows.add);
+    auto step = [&](int bit) { return std::ldexp(static_cast<float>(map.mul), Mma::kSmallest - Mma::kLevelShift - bit); };
+    problem.mul[0] = pair_of<Mma>(step(0));
+    problem.mul[1] = pair_of<Mma>(step(4));
+    problem.add = pair_of<Mma>(std::ldexp(static_cast<float>(map.add), -Mma::kLevelShift));
   } else {
     uint8_t low[16] = {}, high[16] = {};
     for (int32_t code = 0; code < level_count(w.grid); ++code) {
@@ -365,32 +287,27 @@ bool weight_only_skinny(const char* op, const void* x, const Operand& w, const R
       low[code] = static_cast<uint8_t>(bits);
       high[code] = static_cast<uint8_t>(bits >> 8);
     }
-    std::memcpy(&rows.table, low, 16);
-    std::memcpy(&rows.high_table, high, 16);
+    std::memcpy(&problem.low_table, low, 16);
+    std::memcpy(&problem.high_table, high, 16);
   }
-  // As many rows at a time as fit in shared memory: after the first time the weight comes from the L2 cache.
-  const int64_t step = plan_skinny_rows(GemmFamily::kWeightOnly, k, device.compute_capability);
-  for (int64_t first = 0; first < m; first += step) {
-    RealEpilogue part = epilogue;
-    part.output.m = std::min(step, m - first);
-    part.output.y = static_cast<uint8_t*>(epilogue.output.y) + first * n * 2;
-    SkinnyRows x_rows{};
-    x_rows.data = static_cast<const uint8_t*>(x) + first * k * 2;
-    x_rows.rows = static_cast<uint32_t>(part.output.m);
-    x_rows.row_bytes = static_cast<uint32_t>(2 * k);
+  const HeldPlan plan = plan_held(device.compute_capability);
+  // After the first rows the weight comes from the L2 cache.
+  for (int64_t first = 0; first < m; first += plan.rows) {
+    problem.x = static_cast<const uint8_t*>(x) + first * k * 2;
+    problem.output.m = std::min<int64_t>(plan.rows, m - first);
+    problem.output.y = static_cast<uint8_t*>(epilogue.output.y) + first * n * 2;
+    auto run = [&](auto weight) {
+      using W = decltype(weight);
+      if (plan.warps == 4) return launch_held<Mma, W, 1, 4>(op, problem, device, stream);
+      problem.output.m > 8 ? launch_held<Mma, W, 2, 8>(op, problem, device, stream)
+                           : launch_held<Mma, W, 1, 8>(op, problem, device, stream);
+    };
     switch (w.layout) {
-      case Layout::kPacked:
-        even_steps ? launch_skinny<Mma, FloatNibbles<Mma>, ResidentFloats<FloatNibbles<Mma>>>(op, x_rows, rows, part, device, stream)
-                   : launch_skinny<Mma, FloatTable, ResidentFloats<FloatTable>>(op, x_rows, rows, part, device, stream);
-        break;
+      case Layout::kPacked: even_steps ? run(HeldNibbles<Mma>{}) : run(HeldTable{}); break;
       case Layout::kPlanes:
-        w.grid.bits == 1
-            ? launch_skinny<Mma, FloatPlanes<Mma, 1>, ResidentFloats<FloatPlanes<Mma, 1>>>(op, x_rows, rows, part, device, stream)
-        : w.grid.bits == 2
-            ? launch_skinny<Mma, FloatPlanes<Mma, 2>, ResidentFloats<FloatPlanes<Mma, 2>>>(op, x_rows, rows, part, device, stream)
-            : launch_skinny<Mma, FloatPlanes<Mma, 3>, ResidentFloats<FloatPlanes<Mma, 3>>>(op, x_rows, rows, part, device, stream);
+        w.grid.bits == 1 ? run(HeldPlanes<Mma, 1>{}) : w.grid.bits == 2 ? run(HeldPlanes<Mma, 2>{}) : run(HeldPlanes<Mma, 3>{});
         break;
-      default: launch_skinny<Mma, FloatBytes<Mma>, ResidentFloats<FloatBytes<Mma>>>(op, x_rows, rows, part, device, stream);
+      default: run(HeldBytes<Mma>{});
     }
   }
   return true;
@@ -410,7 +327,7 @@ __global__ __launch_bounds__(kBiasThreads) void add_bias_kernel(const float* bia
 }  // namespace
 
 bool weight_only_dequantizes(DType dtype, int64_t m, int64_t k) {
-  return dtype != DType::kFloat32 && k > 0 && m > plan_weight_only_rows(k, current_device("gemm_weight_only").compute_capability);
+  return dtype != DType::kFloat32 && k > 0 && m > plan_weight_only_rows(current_device("gemm_weight_only").compute_capability);
 }
 
 void add_bias(const float* bias, void* y, DType dtype, int64_t m, int64_t n, cudaStream_t stream) {
@@ -434,8 +351,8 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
     return;
   }
   const bool bfloat16 = dtype == DType::kBFloat16;
-  if (bfloat16 ? weight_only_skinny<MmaBFloat16>(op, x, w, epilogue, k, device, stream)
-               : weight_only_skinny<MmaFloat16>(op, x, w, epilogue, k, device, stream)) {
+  if (bfloat16 ? weight_only_held<MmaBFloat16>(op, x, w, epilogue, k, device, stream)
+               : weight_only_held<MmaFloat16>(op, x, w, epilogue, k, device, stream)) {
     return;
   }
   const GemmTile tile = plan_mma_sync(GemmFamily::kWeightOnly, m, n, device.sm_count);

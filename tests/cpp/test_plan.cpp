@@ -47,7 +47,7 @@ TEST(Plan, EveryRowHasATileAndAReason) {
         if (tile.wgmma) {
           EXPECT_TRUE(tile.block_m == 16 || tile.block_m == 64 || tile.block_m == 128 || tile.block_m == 256) << tile.block_m;
           EXPECT_TRUE(tile.split_k == 1 || tile.block_m <= 64) << tile.block_m;
-          EXPECT_TRUE(tile.cluster == 1 || tile.block_m == 256) << tile.block_m;
+          EXPECT_TRUE(tile.cluster == 1 || tile.block_m == 256 || tile.split_k == 2 * kWgmmaFewSplit[0]) << tile.block_m;
         }
         EXPECT_GT(std::strlen(tile.kernel), 0u);
         EXPECT_GT(std::strlen(tile.reason), 0u);
@@ -80,7 +80,13 @@ TEST(Plan, HopperTilesByRows) {
   EXPECT_EQ(plan(512, 2048, 5632).block_m, 64);
   EXPECT_EQ(plan_tile(GemmFamily::kSparse, 128, 4096, 4096, 90, 132).block_n, 64);
   EXPECT_EQ(plan_tile(GemmFamily::kSparse, 128, 12288, 4096, 90, 132).block_m, 128);
-  EXPECT_EQ(plan(64, 4096, 4096).split_k, 4);
+  // Two thread blocks share K where half of the multiprocessors would have none.
+  EXPECT_EQ(plan(64, 4096, 4096).split_k, 8);
+  EXPECT_EQ(plan(64, 4096, 4096).cluster, 2);
+  EXPECT_EQ(plan(64, 4096, 512).cluster, 1);
+  EXPECT_EQ(plan_tile(GemmFamily::kSparse, 16, 4096, 4096, 90, 132).cluster, 2);
+  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 64, 4096, 11008, 90, 132).cluster, 1);
+  EXPECT_EQ(plan(128, 4096, 4096).split_k, 4);
   EXPECT_EQ(plan(64, 12288, 4096).split_k, 2);
   EXPECT_EQ(plan(64, 22016, 4096).split_k, 1);
   EXPECT_EQ(plan(4096, 4096, 4096).split_k, 1);
@@ -103,12 +109,17 @@ TEST(Plan, FewRows) {
   EXPECT_TRUE(is_skinny(GemmFamily::kInt8, 16, 4096, 32768));
   EXPECT_FALSE(is_skinny(GemmFamily::kInt8, 17, 4096, 4096));
   EXPECT_FALSE(is_skinny(GemmFamily::kSparse, 1, 4096, 4096));
-  // Real activations stay in shared memory: 8 rows at least must fit.
-  EXPECT_TRUE(is_skinny(GemmFamily::kWeightOnly, 16, 4096, 11008));
-  EXPECT_FALSE(is_skinny(GemmFamily::kWeightOnly, 16, 4096, 11008, 86));
-  EXPECT_TRUE(is_skinny(GemmFamily::kWeightOnly, 64, 4096, 4096));  // 16 at a time
-  EXPECT_FALSE(is_skinny(GemmFamily::kWeightOnly, 65, 4096, 4096));
-  EXPECT_EQ(plan_weight_only_rows(11008, 90), 32);
+  // Real activations stay in registers, 16 rows of them or 8 at a time.
+  auto is_held = [](int64_t m, int32_t capability) {
+    return std::string(plan_tile(GemmFamily::kWeightOnly, m, 4096, 11008, capability, 132).kernel) == "held";
+  };
+  EXPECT_TRUE(is_held(128, 90));
+  EXPECT_FALSE(is_held(129, 90));
+  EXPECT_TRUE(is_held(64, 86));
+  EXPECT_FALSE(is_held(65, 86));
+  EXPECT_EQ(plan_held(90).rows, 16);
+  EXPECT_EQ(plan_held(80).rows, 8);
+  EXPECT_EQ(plan_held(89).warps, 4);
   EXPECT_EQ(plan_fixed_rows(3, 4096, 90), 4);
   EXPECT_EQ(plan_fixed_rows(5, 4096, 90), 0);
   EXPECT_EQ(plan_fixed_rows(4, 32768, 90), 0);  // 256 KB

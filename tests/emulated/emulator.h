@@ -50,17 +50,22 @@ class Meeting {
 // bar.sync and bar.arrive, of the named barriers and of everything else that some number of threads reach together.
 class Barrier {
  public:
-  void sync(Meeting& meeting, int threads, bool waits = true) {
-    std::unique_lock<std::mutex> lock(meeting.mutex);
+  // The phase that ends when all threads have arrived.
+  long arrive(Meeting& meeting, int threads) {
+    const std::lock_guard<std::mutex> lock(meeting.mutex);
     const long phase = phase_;
     if (++arrived_ == threads) {
       arrived_ = 0;
       ++phase_;
       meeting.notify();
-    } else if (waits) {
-      meeting.wait(lock, [&] { return phase_ != phase; });
     }
+    return phase;
   }
+  void wait(Meeting& meeting, long phase) {
+    std::unique_lock<std::mutex> lock(meeting.mutex);
+    meeting.wait(lock, [&] { return phase_ != phase; });
+  }
+  void sync(Meeting& meeting, int threads) { wait(meeting, arrive(meeting, threads)); }
 
  private:
   int arrived_ = 0;
@@ -105,6 +110,7 @@ struct Index {
   int x = 0, y = 0, z = 0;
 };
 inline thread_local Block* block = nullptr;
+inline thread_local long cluster_phase = 0;  // that this thread has arrived at
 inline thread_local Index thread_index, block_index, block_size, grid_size;
 
 }  // namespace quest::emulated

@@ -40,7 +40,7 @@ TEST(Emulated, FewRowsOfRealActivations) {
 }
 
 // Tiles of 64 and 16 rows, of 64, 128 and 192 columns, whose warpgroups share K: as many steps for each, and fewer for some; more than the
-// ring has stages.
+// ring has stages; two thread blocks a tile.
 TEST(Emulated, SharedK) {
   Random random(3);
   struct Case {
@@ -49,12 +49,12 @@ TEST(Emulated, SharedK) {
     int block_n;
   };
   for (const auto& [multiprocessors, n, k, block_n] :
-       {Case{4, 130, 2048, 64}, Case{1, 40, 5136, 64}, Case{2, 250, 1040, 128}, Case{1, 190, 272, 192}}) {
+       {Case{4, 130, 2048, 64}, Case{1, 40, 5136, 64}, Case{2, 250, 1040, 128}, Case{1, 190, 272, 192}, Case{4, 100, 1040, 64}}) {
     emulated::multiprocessors = multiprocessors;
     const Matrix w8(random, kInt8Grid, Layout::kCodes, n, k), w4(random, kInt4Grid, Layout::kPacked, n, k);
     const Matrix w2(random, kInt2Grid, Layout::kPlanes, n, 8 * k);
     for (const int64_t m : {33, 64}) {
-      const GemmTile tile = plan_wgmma(GemmFamily::kInt4, m, n, multiprocessors);
+      const GemmTile tile = plan_wgmma(GemmFamily::kInt4, m, n, k, multiprocessors);
       ASSERT_EQ(std::pair(tile.block_m, tile.block_n), std::pair(64, block_n));
       check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), w4, m, n, k);
       check_product(kInt8, Matrix(random, kInt8Grid, Layout::kValues, m, k), w8, m, n, k, DType::kBFloat16);
@@ -75,7 +75,7 @@ TEST(Emulated, LargeTiles) {
   for (const auto& [multiprocessors, s, block_m, block_n] :
        {Case{2, {257, 250, 208}, 128, 128}, Case{2, {200, 376, 1040}, 128, 192}, Case{4, {500, 500, 208}, 256, 128}}) {
     emulated::multiprocessors = multiprocessors;
-    const GemmTile tile = plan_wgmma(GemmFamily::kInt4, s.m, s.n, multiprocessors);
+    const GemmTile tile = plan_wgmma(GemmFamily::kInt4, s.m, s.n, s.k, multiprocessors);
     ASSERT_EQ(std::pair(tile.block_m, tile.block_n), std::pair(block_m, block_n));
     const Matrix a(random, kInt4Grid, Layout::kEvenOdd, s.m, s.k), w(random, kInt4Grid, Layout::kPacked, s.n, s.k);
     for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) check_product(kInt4, a, w, s.m, s.n, s.k, dtype);

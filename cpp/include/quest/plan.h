@@ -32,16 +32,16 @@ struct GemmTile {
   const char* kernel;                 // name of the variant
   bool wgmma;                         // on Hopper's asynchronous tensor cores, fed by its copy engine; else mma.sync
   int32_t block_m, block_n, block_k;  // block_k in stored elements
-  int32_t cluster;                    // thread blocks that share the rows of a and take neighbouring columns of y
-  int32_t split_k;                    // warpgroups of a thread block that share one output tile along K
+  int32_t cluster;                    // thread blocks of a cluster: they share the rows of a and take neighbouring columns of y, or share K
+  int32_t split_k;                    // warpgroups, of all blocks of the cluster, that share one output tile along K
   const char* reason;
 };
 // compute_capability: 90 for 9.0. Operands that the copy engine cannot read (rows that start at no multiple of 16 bytes, layouts that have
 // to be widened for both sides) get plan_mma_sync's tile instead, those that the kernel for few rows does not take plan_wgmma's.
 GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
-GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
+GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count);
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
-// split_k of plan_wgmma's tiles of few rows, by their 64, 128 or 192 columns.
+// split_k of plan_wgmma's tiles of few rows, by their 64, 128 or 192 columns; twice the first where two thread blocks share K.
 constexpr int32_t kWgmmaFewSplit[3] = {4, 2, 1};
 // The product of one plane each, which has two kernels of its own: that for few rows, and one whose rows of w stay in shared memory
 // (results in rows that start at multiples of 16 bytes; others get plan_wgmma's tile).
@@ -58,14 +58,19 @@ constexpr int64_t stationary_other_bytes(int32_t block_n) {
 int64_t stationary_chunks(int64_t k);
 int64_t stationary_stages(int32_t block_n, int64_t k);  // what the shared memory of Hopper has room for, 0 without room for w
 
-// Rows of a that the kernel for few rows takes at once, and whether it takes a product. kInt4: of packed rows of a; of bytes, and for 1-bit
+// Rows of integers that the kernel for few rows takes, and whether it takes a product. kInt4: of packed rows of a; of bytes, and for 1-bit
 // products, those of kInt8.
 int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability);
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
 
-// Rows of real activations of 16-bit types up to which the kernels of gemm_weight_only are faster than a product with the dequantized
-// weight.
-int64_t plan_weight_only_rows(int64_t k, int32_t compute_capability);
+// The kernel that holds few rows of real activations in registers: how many at once, and by how many warps of a thread block.
+struct HeldPlan {
+  int32_t rows, warps;
+};
+HeldPlan plan_held(int32_t compute_capability);
+
+// Rows of real activations of 16-bit types up to which that kernel, some at a time, is faster than a product with the dequantized weight.
+int64_t plan_weight_only_rows(int32_t compute_capability);
 
 // Rows of real activations that the kernel for a weight of one plane takes as 16 planes each: 1, 2 or 4, at least m; 0 if there are more,
 // their sums do not fit int32, or they do not fit in shared memory.

@@ -43,15 +43,28 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   cluster.counting.wait(lock, [&] { return counter.phase != parity; });
 }
 
-inline void named_barrier_arrive(int id, int threads) { emulated::block->named[id].sync(emulated::block->meeting, threads, false); }
+inline void named_barrier_arrive(int id, int threads) { emulated::block->named[id].arrive(emulated::block->meeting, threads); }
 
 // ---- clusters
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(emulated::block->rank); }
-inline void cluster_sync() {
+inline void cluster_arrive_relaxed() {
   emulated::Cluster& cluster = *emulated::block->cluster;
-  cluster.barrier.sync(cluster.meeting, cluster.threads);
+  emulated::cluster_phase = cluster.barrier.arrive(cluster.meeting, cluster.threads);
+}
+inline void cluster_wait() {
+  emulated::Cluster& cluster = *emulated::block->cluster;
+  cluster.barrier.wait(cluster.meeting, emulated::cluster_phase);
+}
+inline void cluster_sync() {
+  cluster_arrive_relaxed();
+  cluster_wait();
 }
 inline void cluster_sync_relaxed() { cluster_sync(); }
+
+inline void store_async(uint32_t rank, void* target, const int32_t (&words)[4], uint64_t* barrier) {
+  std::memcpy(in_block(target, static_cast<int>(rank)), words, 16);
+  change_barrier(in_block(barrier, static_cast<int>(rank)), [](auto& counter) { counter.bytes -= 16; });
+}
 
 // ---- the copy engine
 inline uint32_t swizzled(uint32_t offset, int swizzle) {
