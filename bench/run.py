@@ -11,8 +11,8 @@ launch gaps are in no number. A large product takes all the power that a GPU may
 last tenths of a second drew: behind other work an H200 takes 0.4 s to settle, and until then a product of int4 is up
 to 20 % slower and one of bfloat16 as much faster than by itself. So a backend first works for SETTLE_US, and its
 samples have the clock that it would run at by itself, as the ceilings have. Problems of few rows, which draw less, come
-first in a case, and settle for QUIET_SETTLE_US. Every call writes to memory of its own. On Hopper quest's products start
-while the call before them ends (programmatic dependent launch), as they do in use; the peers' kernels do not.
+first in a case, and settle for QUIET_SETTLE_US. Every call writes to memory of its own. On Hopper quest's products
+start while the call before them ends (programmatic dependent launch), as they do in use; the peers' kernels do not.
 
 The limit of a row comes from the same run: limit_us = max(operations / ceiling, bytes / copy bandwidth), with the bytes
 of quest's operands as they are stored and of its result, and the operations of the unit that should do them: the

@@ -38,7 +38,7 @@ struct HeldProblem {
   int64_t w_plane_bytes;
   Output output;
   const float* w_scale;
-  float unit;                   // what sums are multiples of
+  float unit;                   // of the sums: levels are kept so many times smaller
   int32_t least, more;          // rows of w of a block, in units of 8, and how many of the first blocks have one more
   int32_t team_warps, passes;   // that share K, a power of two; over the rows of w
   int32_t slices, long_passes;  // of K, of 512 columns: of a pass, and how many of the first passes have one more

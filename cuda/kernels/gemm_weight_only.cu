@@ -266,6 +266,8 @@ bool weight_only_held(const char* op, const void* x, const Operand& w, const Rea
   if (!is_aligned(x, 16) || !is_aligned(w.data, 16) || k % 8 != 0 || (bytes && (!even_steps || k % 16 != 0))) return false;
   if (w.layout == Layout::kPlanes && (w.grid.kind != GridKind::kInt || w.grid.bits > 3)) return false;
   if (w.layout == Layout::kPlanes && w.grid.bits == 1 && weight_only_fixed<Mma>(op, x, w, epilogue, k, device, stream)) return true;
+  constexpr int64_t kMostColumns = INT32_MAX / 4;  // columns beyond the last are reckoned with
+  check(k <= kMostColumns, op, ": expected k <= ", kMostColumns, ", got ", k);
   HeldProblem problem{};
   problem.w = static_cast<const uint8_t*>(w.data);
   problem.k = static_cast<int32_t>(k);
