@@ -230,9 +230,9 @@ HeldPlan plan_held(int32_t compute_capability) {
 }
 
 int64_t plan_weight_only_rows(int32_t compute_capability) {
-  // More rows than fit at once are taken one part after another: the weight then comes from the L2 cache. Eight times that costs about what
+  // More rows than fit at once are taken one part after another: the weight then comes from the L2 cache. Four times that costs about what
   // dequantizing the weight does.
-  constexpr int64_t kTurns = 8;
+  constexpr int64_t kTurns = 4;
   return kTurns * plan_held(compute_capability).rows;
 }
 

@@ -113,10 +113,10 @@ TEST(Plan, FewRows) {
   auto is_held = [](int64_t m, int32_t capability) {
     return std::string(plan_tile(GemmFamily::kWeightOnly, m, 4096, 11008, capability, 132).kernel) == "held";
   };
-  EXPECT_TRUE(is_held(128, 90));
-  EXPECT_FALSE(is_held(129, 90));
-  EXPECT_TRUE(is_held(64, 86));
-  EXPECT_FALSE(is_held(65, 86));
+  EXPECT_TRUE(is_held(64, 90));
+  EXPECT_FALSE(is_held(65, 90));
+  EXPECT_TRUE(is_held(32, 86));
+  EXPECT_FALSE(is_held(33, 86));
   EXPECT_EQ(plan_held(90).rows, 16);
   EXPECT_EQ(plan_held(80).rows, 8);
   EXPECT_EQ(plan_held(89).warps, 4);

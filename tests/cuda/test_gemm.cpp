@@ -543,7 +543,7 @@ TEST_F(GemmWeightOnly, HeldRows) {
     }
     check_weight_only(random, int4, Layout::kPacked, dtype, 5, 12001, 520);   // two blocks a multiprocessor
     check_weight_only(random, int4, Layout::kPacked, dtype, 9, 17001, 4104);  // sums between passes: more blocks than multiprocessors
-    check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, 128, 200, 1024);
+    check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, 64, 200, 1024);
   }
 }
 
