@@ -312,9 +312,9 @@ def quantize_shapes(device: str, quick: bool) -> Iterator[Shape]:
     """packed with the mask: what training stores. values and planes without: what an inference product takes."""
     wide = [(16, 4096)] + [(16384, k) for k in (2048, 4096, 5632, 11008)]
     sizes = [(64 if quick else 4096, 4096)] if device == "cpu" else [(16, 4096), (16384, 4096)] if quick else wide
-    kinds = [(4, "packed", size) for size in sizes]
+    layouts = ("packed", "values") if device == "cuda" else ("packed",)
+    kinds = [(4, layout, size) for size in sizes for layout in layouts]
     if device == "cuda":
-        kinds += [(4, "values", size) for size in sizes]
         kinds += [(bits, "planes", (16384, 4096)) for bits in (1, 2)]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for bits, layout, (rows, k) in kinds:
@@ -386,8 +386,8 @@ def prologue_shapes(device: str, quick: bool) -> Iterator[Shape]:
     elif quick:
         sizes = [(16, 4096), (16384, 4096)]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for kind in PROLOGUES:
-        for rows, k in sizes:
+    for rows, k in sizes:
+        for kind in PROLOGUES:
 
             def build(kind: str = kind, rows: int = rows, k: int = k) -> Problem:
                 return prologue_problem(device, dtype, kind, rows, k)

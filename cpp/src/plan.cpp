@@ -25,7 +25,8 @@ struct TileRow {
 };
 
 constexpr TileRow kSkinny = {16, 16, "skinny", "few rows: bound by the bytes of w, which are read once, straight to registers"};
-constexpr TileRow kHeld = {16, 32, "held", "few rows of real a: they stay in registers, and the bytes of w are read once"};
+constexpr int32_t kHeldColumns = 32, kHeldDepth = 512;
+constexpr const char* kHeldReason = "few rows of real a: they stay in registers, and the bytes of w are read once for as many as fit";
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
@@ -154,7 +155,7 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
       family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes || family == GemmFamily::kSparse;
   if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
   if (family == GemmFamily::kWeightOnly && k > 0 && m <= plan_weight_only_rows(compute_capability)) {
-    return {kHeld.kernel, false, plan_held(compute_capability).rows, kHeld.block_n, 512, 1, 1, kHeld.reason};
+    return {"held", false, plan_held(compute_capability).rows, kHeldColumns, kHeldDepth, 1, 1, kHeldReason};
   }
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
   return compute_capability == kHopper && has_wgmma ? plan_wgmma(family, m, n, k, sm_count) : plan_mma_sync(family, m, n, sm_count);
@@ -224,7 +225,7 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capabilit
 }
 
 HeldPlan plan_held(int32_t compute_capability) {
-  // By shared memory: 220 KB, 132 or 66, and the sums of passes.
+  // By shared memory: 218 KB, at most 134 or 67, and the sums of passes.
   const int64_t room = shared_bytes(compute_capability);
   return room >= 227 * 1024 ? HeldPlan{16, 8} : room >= 163 * 1024 ? HeldPlan{8, 8} : HeldPlan{8, 4};
 }
@@ -246,7 +247,8 @@ int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability) {
   if (k == 0 || k > kMostColumns || m > kMostRows) return 0;
   const int32_t rows = m <= 2 ? static_cast<int32_t>(m) : kMostRows;
   const int64_t bytes = rows * kFixedPlanes * ((k / 8 + kFixedSliceBytes - 1) / kFixedSliceBytes * kFixedSliceBytes);
-  return bytes <= (shared_bytes(compute_capability) - 42 * 1024) ? rows : 0;
+  constexpr int64_t kOtherBytes = 6 * 1024;  // the sums of 16 warps, and what they leave of their shares of the rows
+  return bytes <= shared_bytes(compute_capability) - kOtherBytes ? rows : 0;
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {

@@ -51,7 +51,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   StageRing<Tile> ring{shared, barriers, barriers + STAGES};
   uint64_t* const all_sent = barriers + 2 * STAGES;
 
-  // Of the pair of blocks that shares a tile; every block has groups of 8 rows that it makes y of.
+  // Of the pair of blocks that shares a tile; each makes y of some groups of 8 rows, of one group the first alone.
   const int paired = problem.paired, rank = static_cast<int>(blockIdx.x) & paired;
   const int tile = static_cast<int>(blockIdx.x) >> paired;
   const int first_m = tile % problem.tiles_m * BLOCK_M, tile_n = tile / problem.tiles_m * Tile::BLOCK_N;

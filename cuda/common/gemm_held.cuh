@@ -23,8 +23,8 @@
 #include "common/check.h"
 #include "common/chunk.cuh"
 #include "common/epilogue.cuh"
+#include "common/grid.cuh"
 #include "common/ptx.cuh"
-#include "quest/plan.h"
 
 namespace quest::cuda {
 
@@ -135,6 +135,7 @@ struct HeldKernel {
   static constexpr int kBufferSums = WARPS * 2 * kTileSums;
   static constexpr int kSharedBytes = WARPS * (kXBytes + kSlots * kPieceBytes) + 2 * kBufferSums * 4;
   static constexpr int kUnitSums = kRows * kHeldUnitN;  // between passes
+  static_assert(kSlots >= 2, "one slot to copy to, one to read");
 };
 
 template <typename Mma, typename W, int TILES_M, int WARPS>

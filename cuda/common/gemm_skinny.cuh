@@ -35,7 +35,6 @@ inline constexpr int kSumPitch = kSkinnyN + 4;  // words between rows of a warp'
 // Rows that start at multiples of 16 bytes, and what unpacking them takes.
 struct SkinnyRows {
   const uint8_t* data;
-  int64_t plane_bytes;
   uint32_t rows, row_bytes;
   uint32_t flip;  // of bytes: 0x80808080 makes c - 128 of 8-bit codes
   uint4 table;    // of nibbles that are looked up
@@ -51,15 +50,6 @@ __device__ __forceinline__ uint4 load_weight(const SkinnyRows& source, const uin
   return load_once(row + min(byte, source.row_bytes - 16));
 }
 
-struct ByteColumns {
-  static constexpr int kDepth = 2, kLaneBytes = 32;
-  uint4 loaded[2];
-  __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
-    loaded[0] = load_weight(source, row, byte);
-    loaded[1] = load_weight(source, row, byte + 16);
-  }
-};
-
 struct PackedColumns {
   static constexpr int kDepth = 4, kLaneBytes = 16;
   uint4 loaded;
@@ -69,7 +59,13 @@ struct PackedColumns {
 };
 
 // Bytes, or the bits of a plane.
-struct SkinnyBytes : ByteColumns {
+struct SkinnyBytes {
+  static constexpr int kDepth = 2, kLaneBytes = 32;
+  uint4 loaded[2];
+  __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
+    loaded[0] = load_weight(source, row, byte);
+    loaded[1] = load_weight(source, row, byte + 16);
+  }
   __device__ __forceinline__ uint2 words(const SkinnyRows& source, int part, int p) const {
     const uint4& half = loaded[part];
     return p == 0 ? make_uint2(half.x ^ source.flip, half.y ^ source.flip) : make_uint2(half.z ^ source.flip, half.w ^ source.flip);
@@ -454,7 +450,6 @@ inline SkinnyRows skinny_rows(const Operand& operand, int64_t rows, int64_t k) {
   result.data = static_cast<const uint8_t*>(operand.data);
   result.rows = static_cast<uint32_t>(rows);
   result.row_bytes = static_cast<uint32_t>(row_bytes(operand.layout, k));
-  result.plane_bytes = rows * result.row_bytes;
   if (operand.layout == Layout::kCodes && operand.grid.bits == 8) result.flip = 0x80808080u;
   if (operand.layout == Layout::kPacked && has_values(operand.grid)) result.table = value_table(operand.grid);
   return result;

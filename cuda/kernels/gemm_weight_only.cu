@@ -1,7 +1,7 @@
 // gemm_weight_only: y = x (s_w level(c_w))^T + bias for real x. Codes are widened to x's type in registers, the row scale is applied to the
 // sum.
 //
-// bfloat16 and float16: tensor cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 at a time, or the tiled one of all
+// bfloat16 and float16: tensor cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 or 8 at a time, or the tiled one of all
 // families. Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them. At most 4 rows by one plane: x as 16
 // planes of fixed-point numbers, on the 1-bit tensor cores (gemm_skinny.cuh: FixedPlanes), where a weight takes no instruction to widen.
 // float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
@@ -15,6 +15,7 @@
 #include "common/gemm_skinny.cuh"
 #include "common/gemm_tile.cuh"
 #include "quest/cuda/gemm.h"
+#include "quest/plan.h"
 
 namespace quest::cuda {
 namespace {
@@ -267,7 +268,7 @@ bool weight_only_held(const char* op, const void* x, const Operand& w, const Rea
   if (w.layout == Layout::kPlanes && (w.grid.kind != GridKind::kInt || w.grid.bits > 3)) return false;
   if (w.layout == Layout::kPlanes && w.grid.bits == 1 && weight_only_fixed<Mma>(op, x, w, epilogue, k, device, stream)) return true;
   constexpr int64_t kMostColumns = INT32_MAX / 4;  // columns beyond the last are reckoned with
-  check(k <= kMostColumns, op, ": expected k <= ", kMostColumns, ", got ", k);
+  check(k <= kMostColumns, op, ": expected k <= ", kMostColumns, ", got ", k, "; split the columns");
   HeldProblem problem{};
   problem.w = static_cast<const uint8_t*>(w.data);
   problem.k = static_cast<int32_t>(k);

@@ -187,8 +187,9 @@ def gemm_weight_only(
     Accumulated in float32. w: codes of any grid in layout codes, packed or planes; bias float32 [N] or None.
     On a GPU and for a 16-bit dtype: at most 4 rows by an int1 weight in planes are multiplied as fixed-point numbers of
     16 bits (what is smaller than 2^-7 of its row's largest magnitude is rounded, by at most 2^-15 of that; a row with a
-    NaN or an infinity gives NaN). More than 64 rows (32 before sm_90: plan_weight_only_rows) are multiplied by torch,
-    at its precision, with a weight [N, K] that is dequantized to the dtype; a bias is then a second rounding.
+    NaN or an infinity gives NaN). More than 64 rows (32 where a thread block has less than 227 KB of shared memory) are
+    multiplied by torch, at its precision, with a weight [N, K] that is dequantized to the dtype; a bias is then a
+    second rounding.
     """
     return _op("gemm_weight_only")(x, w, w_scale, w_grid, w_layout, bias)
 

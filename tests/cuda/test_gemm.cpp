@@ -517,7 +517,7 @@ TEST_F(GemmWeightOnly, EveryShape) {
         const GridKind bytes = dtype == DType::kFloat16 ? GridKind::kIntZero : GridKind::kInt;
         check_weight_only(random, {bytes, 8}, Layout::kCodes, dtype, m, 72, k);
       }
-      // Teams of two warps, whose blocks have several units; and some of them none.
+      // Teams of four and of two warps, and some of them without rows of w.
       for (const int32_t bits : {1, 2}) {
         check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, 5000, 1000);
         check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, 20011, 200);

@@ -37,6 +37,9 @@ TEST(Emulated, FewRowsOfRealActivations) {
       for (const Grid grid : {kInt4Grid, kGauss4Grid}) check_weight_only(random, grid, Layout::kPacked, dtype, m, n, k);
     }
   }
+  // Codes of a byte; 16 rows and two passes over K.
+  check_weight_only(random, kInt8Grid, Layout::kCodes, DType::kBFloat16, 3, 40, 528);
+  check_weight_only(random, kInt4Grid, Layout::kPacked, DType::kBFloat16, 16, 40, 4640);
 }
 
 // Tiles of 64 and 16 rows, of 64, 128 and 192 columns, whose warpgroups share K: as many steps for each, and fewer for some; more than the

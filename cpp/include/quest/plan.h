@@ -63,7 +63,8 @@ int64_t stationary_stages(int32_t block_n, int64_t k);  // what the shared memor
 int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability);
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
 
-// The kernel that holds few rows of real activations in registers: how many at once, and by how many warps of a thread block.
+// The kernel that holds few rows of real activations in registers: how many at once, and by how many warps of a thread block. (plan_tile
+// names it for up to plan_weight_only_rows rows; of these the first few by a weight of one plane have plan_fixed_rows' kernel.)
 struct HeldPlan {
   int32_t rows, warps;
 };
