@@ -11,8 +11,9 @@ launch gaps are in no number. A large product takes all the power that a GPU may
 last tenths of a second drew: behind other work an H200 takes 0.4 s to settle, and until then a product of int4 is up
 to 20 % slower and one of bfloat16 as much faster than by itself. So a backend first works for SETTLE_US, and its
 samples have the clock that it would run at by itself, as the ceilings have. Problems of few rows, which draw less, come
-first in a case, and settle for QUIET_SETTLE_US. Every call writes to memory of its own. On Hopper quest's products
-start while the call before them ends (programmatic dependent launch), as they do in use; the peers' kernels do not.
+first in a case, and settle for QUIET_SETTLE_US (with --quick all do). Every call writes to memory of its own. On Hopper
+quest's products start while the call before them ends (programmatic dependent launch), as they do in use; the peers'
+kernels do not.
 
 The limit of a row comes from the same run: limit_us = max(operations / ceiling, bytes / copy bandwidth), with the bytes
 of quest's operands as they are stored and of its result, and the operations of the unit that should do them: the
@@ -644,9 +645,7 @@ def summarize(samples: list[float], moved: int) -> Timing:
     return Timing(median, 100 * (quartiles[2] - quartiles[0]) / median, moved)
 
 
-def measure_cpu(
-    backends: Mapping[str, Backend], moved: Mapping[str, int], rounds: int, quiet: bool = False
-) -> dict[str, Timing]:
+def measure_cpu(backends: Mapping[str, Backend], moved: Mapping[str, int], rounds: int) -> dict[str, Timing]:
     """Rounds of all backends are interleaved: a drift of the machine's speed meets all of them."""
     sets = {
         name: copies(b.operands, buffer_count(moved[name], CPU_CACHE_BYTES, rounds)) for name, b in backends.items()
@@ -712,7 +711,7 @@ def capture(backend: Backend, bytes_per_call: int) -> Capture:
 
 
 def measure_cuda(
-    backends: Mapping[str, Backend], moved: Mapping[str, int], rounds: int, quiet: bool = False
+    backends: Mapping[str, Backend], moved: Mapping[str, int], rounds: int, settle_us: float
 ) -> dict[str, Timing]:
     captures: dict[str, Capture] = {}
     for name, backend in backends.items():
@@ -725,13 +724,22 @@ def measure_cuda(
     # All of it is queued before anything is waited for: the GPU goes from graph to graph without a pause.
     events_of: dict[str, list[tuple[Any, Any]]] = {}
     for name, captured in captures.items():
-        for _ in range(math.ceil((QUIET_SETTLE_US if quiet else SETTLE_US) / captured.sample_us)):
+        for _ in range(math.ceil(settle_us / captured.sample_us)):
             captured.graph.replay()
         events_of[name] = [captured.replay() for _ in range(rounds)]
     return {
         name: summarize([captured.per_call_us(events) for events in events_of[name]], moved[name])
         for name, captured in captures.items()
     }
+
+
+def measure(
+    device: str, backends: Mapping[str, Backend], moved: Mapping[str, int], quick: bool, quiet: bool = False
+) -> dict[str, Timing]:
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    if device == "cpu":
+        return measure_cpu(backends, moved, rounds)
+    return measure_cuda(backends, moved, rounds, QUIET_SETTLE_US if quick or quiet else SETTLE_US)
 
 
 def verified(problem: Problem, shape: Shape, notes: set[str]) -> tuple[dict[str, Backend], dict[str, int]]:
@@ -783,10 +791,9 @@ def limit_us(problem: Problem, moved: int, peaks: Mapping[str, float]) -> float:
 def copy_bandwidth(device: str, quick: bool) -> float:
     """Bytes read + written per second of a plain copy of 512 MiB (quick: 64 MiB)."""
     source = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, device=device).repeat(64 if quick else 512)
-    measure = measure_cuda if device == "cuda" else measure_cpu
     backend = {"copy": Backend((source, torch.empty_like(source)), lambda x, y: y.copy_(x), unchecked)}
     moved = 2 * source.numel()
-    return moved / (measure(backend, {"copy": moved}, QUICK_ROUNDS if quick else ROUNDS)["copy"].microseconds * 1e-6)
+    return moved / (measure(device, backend, {"copy": moved}, quick)["copy"].microseconds * 1e-6)
 
 
 # ---- rows ----
@@ -858,7 +865,6 @@ def run_case(
     path = out / f"{case}.csv"
     temporary = path.with_suffix(".tmp")  # holds what was measured should the run be cut short
     wrong, notes = 0, set[str]()
-    measure = measure_cuda if device == "cuda" else measure_cpu
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS[device], extrasaction="ignore")
         writer.writeheader()
@@ -873,7 +879,7 @@ def run_case(
                 wrong += 1
                 print(f"{case:16} {shape.name:18} NOT TIMED: {error}", flush=True)
                 continue
-            timings = measure(backends, moved, QUICK_ROUNDS if quick else ROUNDS, quick or shape.m <= QUIET_ROWS)
+            timings = measure(device, backends, moved, quick, shape.m <= QUIET_ROWS)
             limit = limit_us(problem, moved["quest"], peaks)
             writer.writerows(rows_of(case, shape, problem.operations, limit, timings, common))
             file.flush()

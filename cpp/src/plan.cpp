@@ -25,7 +25,6 @@ struct TileRow {
 };
 
 constexpr TileRow kSkinny = {16, 16, "skinny", "few rows: bound by the bytes of w, which are read once, straight to registers"};
-constexpr int32_t kHeldColumns = 32, kHeldDepth = 512;
 constexpr const char* kHeldReason = "few rows of real a: they stay in registers, and the bytes of w are read once for as many as fit";
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
@@ -155,7 +154,7 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
       family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes || family == GemmFamily::kSparse;
   if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
   if (family == GemmFamily::kWeightOnly && k > 0 && m <= plan_weight_only_rows(compute_capability)) {
-    return {"held", false, plan_held(compute_capability).rows, kHeldColumns, kHeldDepth, 1, 1, kHeldReason};
+    return {"held", false, plan_held(compute_capability).rows, kHeldUnitN, kHeldColumns, 1, 1, kHeldReason};
   }
   // 9.0 alone: later GPUs have other asynchronous tensor cores.
   return compute_capability == kHopper && has_wgmma ? plan_wgmma(family, m, n, k, sm_count) : plan_mma_sync(family, m, n, sm_count);

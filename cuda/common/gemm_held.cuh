@@ -13,8 +13,8 @@
 // in any order as long as both operands agree, so a is brought to whatever order widening the weight is cheapest.
 //
 // Widening is what takes the time. The low 8 bits of a 16-bit float are an integer in units of its smallest number, subnormal or not; so a
-// masked field of codes is a float already, and one multiplication and addition makes a level of it. A level is kept 2^-kLevelShift times
-// as large, or the factor would not fit.
+// masked field of codes is a float already, and one multiplication and addition makes a level of it. A level is kept 2^-kHeldLevelShift
+// times as large, or the factor would not fit.
 #pragma once
 
 #include <algorithm>
@@ -25,11 +25,19 @@
 #include "common/epilogue.cuh"
 #include "common/grid.cuh"
 #include "common/ptx.cuh"
+#include "common/shares.cuh"
+#include "quest/plan.h"
 
 namespace quest::cuda {
 
-inline constexpr int kHeldLaneColumns = 128, kHeldColumns = 4 * kHeldLaneColumns;  // of K: of a lane, of a warp
-inline constexpr int kHeldTileN = 16, kHeldUnitN = 32;  // rows of w: of the instruction, and for which the warps' sums meet
+inline constexpr int kHeldLaneColumns = kHeldColumns / 4;  // of K
+inline constexpr int kHeldTileN = 16;                      // rows of w of the instruction; of kHeldUnitN the warps' sums meet
+
+// The factor of a field is the largest for the lowest bit of the last plane: 2^kHeldMostPlanes, in units of the smallest number. With this
+// shift it is the largest power of two that the type has.
+inline constexpr int kHeldMostPlanes = 3;
+template <typename Mma>
+inline constexpr int kHeldLevelShift = Mma::kSmallest + kHeldMostPlanes - Mma::kLargest;
 
 struct HeldProblem {
   const uint8_t *x, *w;  // rows of 16-bit floats, and of w; both start at multiples of 16 bytes
@@ -39,9 +47,8 @@ struct HeldProblem {
   Output output;
   const float* w_scale;
   float unit;                   // of the sums: levels are kept so many times smaller
-  int32_t least, more;          // rows of w of a block, in units of 8, and how many of the first blocks have one more
   int32_t team_warps, passes;   // that share K, a power of two; over the rows of w
-  int32_t slices, long_passes;  // of K, of 512 columns: of a pass, and how many of the first passes have one more
+  Shares eights, slices;        // of 8 rows of w, among the blocks; of kHeldColumns of K, among the passes
   uint32_t mul[2], add;         // twice each: level = mul field + add for a code from bit 0, and from bit 4 on
   uint4 low_table, high_table;  // or by table: the low and the high bytes of 16-bit floats
 };
@@ -102,6 +109,7 @@ struct HeldBytes {
 // Bit planes of an int grid: sum 2^(j + 1) bit_j - (2^BITS - 1). Pairs are i and i + 16 of 32 columns.
 template <typename Mma, int BITS>
 struct HeldPlanes {
+  static_assert(BITS <= kHeldMostPlanes, "or the factor does not fit");
   static constexpr int kPieces = 1, kPlanes = BITS, kOrdered = 16;
   uint4 loaded[BITS];
   __device__ __forceinline__ uint2 words(const HeldProblem& problem, int i) const {
@@ -112,7 +120,7 @@ struct HeldPlanes {
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
         const int bit = i % 4 * 2 + p;
-        pairs[p] = Mma::fma(codes & 0x00010001u << bit, Mma::pair_of_power(Mma::kSmallest - Mma::kLevelShift + j + 1 - bit), pairs[p]);
+        pairs[p] = Mma::fma(codes & 0x00010001u << bit, Mma::pair_of_power(Mma::kSmallest - kHeldLevelShift<Mma> + j + 1 - bit), pairs[p]);
       }
     }
     return make_uint2(pairs[0], pairs[1]);
@@ -155,10 +163,8 @@ __global__ __launch_bounds__(32 * WARPS,
   float* const pass_sums = sums + 2 * Kernel::kBufferSums;
 
   const int block = static_cast<int>(blockIdx.x);
-  const int block_n = 8 * (block * problem.least + min(block, problem.more));
-  const int last_n = min(block_n + 8 * (problem.least + (block < problem.more ? 1 : 0)), static_cast<int>(y.n));
+  const int block_n = 8 * problem.eights.first(block), last_n = min(8 * problem.eights.first(block + 1), static_cast<int>(y.n));
   const int first_n = block_n + team * kHeldUnitN, stride = WARPS / team_warps * kHeldUnitN;
-  auto first_slice = [&](int pass) { return pass * problem.slices + min(pass, problem.long_passes); };
 
   wait_for_prerequisites();
   if (first_n >= last_n) return;  // a team without rows of w meets nobody
@@ -191,8 +197,8 @@ __global__ __launch_bounds__(32 * WARPS,
   const uint64_t eight_rows = uint64_t{8} * problem.w_row_bytes;
   auto enter_tile = [&] { next.source = problem.w + static_cast<uint64_t>(next.n + group) * problem.w_row_bytes + t * 16; };
   auto enter_pass = [&] {
-    const int first = first_slice(next.pass);
-    next.active = next.pass < passes ? first_slice(next.pass + 1) - first : 0;
+    const int first = problem.slices.first(next.pass);
+    next.active = next.pass < passes ? problem.slices.first(next.pass + 1) - first : 0;
     next.byte = (first + member) * (W::kPieces * 64);
   };
   enter_tile();
@@ -240,7 +246,7 @@ __global__ __launch_bounds__(32 * WARPS,
   for (int pass = 0, n = first_n, tile = 0;;) {
     const bool ends = pass == passes;
     if (n == first_n && !ends) {
-      active = first_slice(pass + 1) - first_slice(pass);
+      active = problem.slices.first(pass + 1) - problem.slices.first(pass);
       // a came with the first piece of all, or with the first of the pass before.
       const int pieces = (last_n - first_n) / stride * 2 * W::kPieces;  // at least
       if (pass == 0) {
@@ -262,7 +268,8 @@ __global__ __launch_bounds__(32 * WARPS,
         for (int i = 0; i < kHeldLaneColumns / 2; i += kOrdered) W::order(reinterpret_cast<uint32_t(&)[kOrdered]>(x[j][i]));
       }
       __syncwarp();
-      if (pass + 1 < passes && first_slice(pass + 1) + member < first_slice(pass + 2)) copy_x(first_slice(pass + 1) + member);
+      if (pass + 1 < passes && problem.slices.first(pass + 1) + member < problem.slices.first(pass + 2))
+        copy_x(problem.slices.first(pass + 1) + member);
     }
 
     float accumulators[kChains][TILES_M][4] = {};
@@ -364,17 +371,15 @@ void launch_held(const char* op, HeldProblem problem, const Device& device, cuda
     fewest = turns;
     problem.team_warps = WARPS / teams;
     problem.passes = static_cast<int32_t>(passes);
-    problem.slices = static_cast<int32_t>(slices / passes);
-    problem.long_passes = static_cast<int32_t>(slices % passes);
+    problem.slices = shares_of(slices, passes);
   }
   // A block for each multiprocessor, or so many that their sums between passes fit.
   constexpr int64_t kUnitBytes = Kernel::kUnitSums * 4;
   const bool keeps_sums = problem.passes > 1;
   const int64_t most_eights = keeps_sums ? (device.shared_bytes - Kernel::kSharedBytes) / kUnitBytes * (kHeldUnitN / 8) : eights;
   const int64_t blocks = std::max(std::min(eights, places), up(eights, most_eights));
-  problem.least = static_cast<int32_t>(eights / blocks);
-  problem.more = static_cast<int32_t>(eights % blocks);
-  const int64_t block_units = up(problem.least + (problem.more > 0 ? 1 : 0), kHeldUnitN / 8);
+  problem.eights = shares_of(eights, blocks);
+  const int64_t block_units = up(problem.eights.most(), kHeldUnitN / 8);
   const int64_t shared = Kernel::kSharedBytes + (keeps_sums ? block_units * kUnitBytes : 0);
   launch_with({1, device.hopper_code}, op, gemm_held_kernel<Mma, W, TILES_M, WARPS>, dim3(static_cast<unsigned>(blocks)), dim3(32 * WARPS),
               static_cast<size_t>(shared), stream, problem);

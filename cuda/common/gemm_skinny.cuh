@@ -23,12 +23,14 @@
 #include "common/epilogue.cuh"
 #include "common/operands.cuh"
 #include "common/ptx.cuh"
+#include "common/shares.cuh"
 #include "quest/plan.h"
 
 namespace quest::cuda {
 
 inline constexpr int kSkinnyWarps = 16, kSkinnyThreads = 32 * kSkinnyWarps;  // of a thread block
 inline constexpr int kSkinnyN = 16;
+inline constexpr int kSkinnyParts = 2;          // of 16 bytes of a, that a lane has of a slice
 inline constexpr int kLoadedBytes = 256;        // of a lane, on their way from memory: half of its registers
 inline constexpr int kSumPitch = kSkinnyN + 4;  // words between rows of a warp's sums: its lanes then write to 32 banks
 
@@ -42,9 +44,8 @@ struct SkinnyRows {
   __device__ __forceinline__ const uint8_t* row(uint32_t i) const { return data + static_cast<uint64_t>(i) * row_bytes; }
 };
 
-// ---- what a lane loads of a weight row, kLaneBytes, and what it becomes: words 2p and 2p + 1 of `part`,
-// which belongs to 16 bytes of a. Bytes beyond the row are its last ones: what comes of them is multiplied by a zero. kDepth: the most
-// slices that a warp has on their way.
+// ---- what a lane loads of a weight row, kLaneBytes, and what it becomes: words 2p and 2p + 1 of `part`, which belongs to 16 bytes of a.
+// Bytes beyond the row are its last ones: what comes of them is multiplied by a zero. kDepth: the most slices that a warp has on their way.
 
 __device__ __forceinline__ uint4 load_weight(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
   return load_once(row + min(byte, source.row_bytes - 16));
@@ -99,7 +100,7 @@ __device__ __forceinline__ uint4 load_activation(const SkinnyRows& source, const
 // For SkinnyNibbles.
 struct StreamedNibbles {
   static constexpr bool kResident = false;
-  static constexpr int kPlanes = 1, kParts = 2, kLaneBytes = 16, kTeamWarps = 4;
+  static constexpr int kPlanes = 1, kLaneBytes = 16, kTeamWarps = 4;
   uint4 loaded;
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded = load_activation(source, row, byte);
@@ -114,7 +115,7 @@ struct StreamedNibbles {
 template <bool EVEN_ODD>
 struct StreamedBytes {
   static constexpr bool kResident = false;
-  static constexpr int kPlanes = 1, kParts = 2, kLaneBytes = 32, kTeamWarps = 4;
+  static constexpr int kPlanes = 1, kLaneBytes = 32, kTeamWarps = 4;
   uint4 loaded[2];
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded[0] = load_activation(source, row, byte);
@@ -143,7 +144,7 @@ struct SkinnyRow {
 template <typename Mma>
 struct FixedPlanes {
   static constexpr bool kResident = true;
-  static constexpr int kPlanes = kFixedPlanes, kParts = 2, kSliceBytes = kFixedSliceBytes, kTeamWarps = 4;
+  static constexpr int kPlanes = kFixedPlanes, kSliceBytes = kFixedSliceBytes, kTeamWarps = 4;
 
   static __device__ __forceinline__ uint4 part(const uint8_t* shared, int row, int parity, int t, int part) {
     return *reinterpret_cast<const uint4*>(shared + row * kSliceBytes + t * 32 + (part ^ (parity & 1)) * 16);
@@ -260,15 +261,9 @@ struct FixedPlanes {
   }
 };
 
-// The columns of y that a thread block makes: in units of 8, `least` and for the first `more` blocks one more.
-struct SkinnyShares {
-  int32_t least, more;
-};
-
 // TILES_M: of 8 rows of a, of which kPlanes are one of y. TEAM_WARPS: that share K.
 template <typename Mma, typename W, typename A, int TILES_M, int TEAM_WARPS>
 struct SkinnyKernel {
-  using Accumulator = typename Mma::Accumulator;
   static constexpr int kRows = 8 * TILES_M, kOutputRows = kRows / A::kPlanes, kTeams = kSkinnyWarps / TEAM_WARPS,
                        kTeamThreads = 32 * TEAM_WARPS;
   static constexpr int kWeightSlice = 4 * W::kLaneBytes;
@@ -279,33 +274,31 @@ struct SkinnyKernel {
   static constexpr int kBuffers = TILES_M <= 2 ? 2 : 1;  // of sums: of a tile, and of the next
   static constexpr int kBufferSums = TEAM_WARPS * kOutputRows * kSumPitch;
   static constexpr int kSharedBytes =
-      kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(Accumulator)) + kOutputRows * static_cast<int>(sizeof(SkinnyRow)));
+      kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(int32_t)) + kOutputRows * static_cast<int>(sizeof(SkinnyRow)));
 };
 
 template <typename Mma, typename W, typename A, int TILES_M, int TEAM_WARPS>
 __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __grid_constant__ SkinnyRows a_source,
                                                                         const __grid_constant__ SkinnyRows w_source,
-                                                                        const __grid_constant__ SkinnyShares shares,
+                                                                        const __grid_constant__ Shares eights,
                                                                         const __grid_constant__ IntegerEpilogue epilogue) {
   using Kernel = SkinnyKernel<Mma, W, A, TILES_M, TEAM_WARPS>;
-  using Accumulator = typename Mma::Accumulator;
   constexpr int kRows = Kernel::kRows, kOutputRows = Kernel::kOutputRows, kTeams = Kernel::kTeams, kTeamThreads = Kernel::kTeamThreads,
                 kDepth = Kernel::kDepth;
   const Output& y = epilogue.output;
   const int team = threadIdx.x / kTeamThreads, thread = threadIdx.x % kTeamThreads, warp = thread / 32, lane = threadIdx.x % 32;
   const int group = lane / 4, t = lane % 4;
 
-  Accumulator* const sums = reinterpret_cast<Accumulator*>(dynamic_shared()) + team * Kernel::kBuffers * Kernel::kBufferSums;
+  int32_t* const sums = reinterpret_cast<int32_t*>(dynamic_shared()) + team * Kernel::kBuffers * Kernel::kBufferSums;
   SkinnyRow* const row_factors =
-      reinterpret_cast<SkinnyRow*>(reinterpret_cast<Accumulator*>(dynamic_shared()) + kTeams * Kernel::kBuffers * Kernel::kBufferSums) +
+      reinterpret_cast<SkinnyRow*>(reinterpret_cast<int32_t*>(dynamic_shared()) + kTeams * Kernel::kBuffers * Kernel::kBufferSums) +
       team * kOutputRows;
   uint8_t* const a_shared = dynamic_shared() + Kernel::kSharedBytes;  // of resident activations
 
   const int slices = static_cast<int>((w_source.row_bytes + Kernel::kWeightSlice - 1) / Kernel::kWeightSlice);
   const int first_slice = warp * slices / TEAM_WARPS, last_slice = (warp + 1) * slices / TEAM_WARPS;
   const int block = static_cast<int>(blockIdx.x);
-  const int block_n = 8 * (block * shares.least + min(block, shares.more));
-  const int last_n = min(block_n + 8 * (shares.least + (block < shares.more ? 1 : 0)), static_cast<int>(y.n));
+  const int block_n = 8 * eights.first(block), last_n = min(8 * eights.first(block + 1), static_cast<int>(y.n));
   const int first_n = block_n + team * kSkinnyN;
   auto team_barrier = [&] { named_barrier(1 + team, kTeamThreads); };
 
@@ -363,7 +356,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
     const bool exists = n < last_n;
     const float column_scale = exists ? epilogue.column_scale(n) : 0.0f, bias = exists && y.bias != nullptr ? y.bias[n] : 0.0f;
     const int32_t column_sum = exists ? epilogue.load_column(n) : 0;
-    Accumulator accumulators[TILES_M][4] = {};
+    int32_t accumulators[TILES_M][4] = {};
     for (int slice = first_slice; slice < last_slice; slice += kDepth) {
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
@@ -372,7 +365,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
         A late[TILES_M];
         if constexpr (!Kernel::kLoadsAhead) load_a(late, slice + d);
 #pragma unroll
-        for (int part = 0; part < A::kParts; ++part) {
+        for (int part = 0; part < kSkinnyParts; ++part) {
           uint2 top[2], bottom[2];
 #pragma unroll
           for (int p = 0; p < 2; ++p) top[p] = now.w[0].words(w_source, part, p), bottom[p] = now.w[1].words(w_source, part, p);
@@ -399,12 +392,12 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
     }
 
     if (Kernel::kBuffers == 1 && tile_n != first_n) team_barrier();  // the sums of the tile before have been read
-    Accumulator* const own = sums + buffer * Kernel::kBufferSums + warp * kOutputRows * kSumPitch;
+    int32_t* const own = sums + buffer * Kernel::kBufferSums + warp * kOutputRows * kSumPitch;
     if constexpr (A::kResident) {
 #pragma unroll
       for (int m = 0; m < kOutputRows; ++m) {
         const uint2 combined = A::combine(accumulators, m);
-        if (t < 2) own[m * kSumPitch + group + t * 8] = static_cast<Accumulator>(t == 0 ? combined.x : combined.y);
+        if (t < 2) own[m * kSumPitch + group + t * 8] = static_cast<int32_t>(t == 0 ? combined.x : combined.y);
       }
     } else {
 #pragma unroll
@@ -418,7 +411,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
       const uint32_t column_part = epilogue.column_of(column_sum);
 #pragma unroll 2
       for (int m = thread / kSkinnyN; m < min(kOutputRows, static_cast<int>(y.m)); m += kTeamThreads / kSkinnyN) {
-        Accumulator sum = 0;
+        int32_t sum = 0;
 #pragma unroll
         for (int w = 0; w < TEAM_WARPS; ++w) sum += sums[buffer * Kernel::kBufferSums + (w * kOutputRows + m) * kSumPitch + n_in_tile];
         const SkinnyRow row = row_factors[m];
@@ -465,13 +458,12 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
   check(uint64_t{a.rows} * a.row_bytes <= UINT32_MAX, op, ": expected few rows of a of at most 4 GB, got ", a.rows, " of ", a.row_bytes,
         " bytes; split the rows");
   const int eights = static_cast<int>((n + 7) / 8), blocks = std::min(eights, device.sm_count);
-  const SkinnyShares shares{eights / blocks, eights % blocks};
   auto run = [&](auto team_warps) {
     using Kernel = SkinnyKernel<Mma, W, A, TILES_M, team_warps()>;
     int64_t shared = Kernel::kSharedBytes;
     if constexpr (A::kResident) shared += 8 * TILES_M * round_up(a.row_bytes / A::kPlanes, A::kSliceBytes);
     launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, TILES_M, team_warps()>, dim3(static_cast<unsigned>(blocks)),
-                dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares, epilogue);
+                dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares_of(eights, blocks), epilogue);
   };
   // Teams of many warps where two of them make all tiles of a block.
   constexpr int kManyWarps = 8, kFewEights = 2 * kSkinnyWarps / kManyWarps;

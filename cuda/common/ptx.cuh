@@ -162,9 +162,11 @@ struct MmaBits {  // 256 bits: counts the positions where both are set. (xor wou
 
 struct MmaBFloat16 {  // 16 bfloat16
   using Accumulator = float;
-  // The smallest positive number is 2^-kSmallest; levels times 2^-kLevelShift are made of multiples of it (gemm_held.cuh).
-  static constexpr int kSmallest = 133, kLevelShift = 9;
-  static __host__ __device__ constexpr uint32_t pair_of_power(int exponent) { return static_cast<uint32_t>(exponent + 127) * 0x00800080u; }
+  // The smallest positive number is 2^-kSmallest, the largest power of two 2^kLargest; a power of two, twice.
+  static constexpr int kSmallest = 133, kLargest = 127;
+  static __host__ __device__ constexpr uint32_t pair_of_power(int exponent) {
+    return static_cast<uint32_t>(exponent + kLargest) * 0x00800080u;
+  }
   static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -181,8 +183,10 @@ struct MmaBFloat16 {  // 16 bfloat16
 
 struct MmaFloat16 {  // 16 float16
   using Accumulator = float;
-  static constexpr int kSmallest = 24, kLevelShift = 12;
-  static __host__ __device__ constexpr uint32_t pair_of_power(int exponent) { return static_cast<uint32_t>(exponent + 15) * 0x04000400u; }
+  static constexpr int kSmallest = 24, kLargest = 15;
+  static __host__ __device__ constexpr uint32_t pair_of_power(int exponent) {
+    return static_cast<uint32_t>(exponent + kLargest) * 0x04000400u;
+  }
   static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

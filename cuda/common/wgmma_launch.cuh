@@ -86,10 +86,11 @@ void launch_wgmma(const char* op, const GemmTile& tile, const Operand& a, const 
                   const Device& device, cudaStream_t stream) {
   auto run = [&](auto shape) { launch_wgmma_tile<decltype(shape)>(op, a, w, problem, k, device, stream); };
   auto run_few = [&](auto block_m) {
+    const bool paired = tile.cluster > 1;
     switch (tile.block_n) {
-      case 64: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 1>>(op, a, w, problem, k, tile.cluster > 1, device, stream);
-      case 128: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 2>>(op, a, w, problem, k, false, device, stream);
-      default: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 3>>(op, a, w, problem, k, false, device, stream);
+      case 64: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 1>>(op, a, w, problem, k, paired, device, stream);
+      case 128: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 2>>(op, a, w, problem, k, paired, device, stream);
+      default: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 3>>(op, a, w, problem, k, paired, device, stream);
     }
   };
   switch (tile.block_m) {

@@ -276,13 +276,13 @@ bool weight_only_held(const char* op, const void* x, const Operand& w, const Rea
   problem.w_plane_bytes = n * row_bytes(w.layout, k);
   problem.output = epilogue.output;
   problem.w_scale = epilogue.w_scale;
-  problem.unit = even_steps ? std::ldexp(1.0f, Mma::kLevelShift) : 1.0f;
+  problem.unit = even_steps ? std::ldexp(1.0f, kHeldLevelShift<Mma>) : 1.0f;
   if (even_steps) {
     const Affine map = affine(w.grid, Layout::kCodes);
-    auto step = [&](int bit) { return std::ldexp(static_cast<float>(map.mul), Mma::kSmallest - Mma::kLevelShift - bit); };
+    auto step = [&](int bit) { return std::ldexp(static_cast<float>(map.mul), Mma::kSmallest - kHeldLevelShift<Mma> - bit); };
     problem.mul[0] = pair_of<Mma>(step(0));
     problem.mul[1] = pair_of<Mma>(step(4));
-    problem.add = pair_of<Mma>(std::ldexp(static_cast<float>(map.add), -Mma::kLevelShift));
+    problem.add = pair_of<Mma>(std::ldexp(static_cast<float>(map.add), -kHeldLevelShift<Mma>));
   } else {
     uint8_t low[16] = {}, high[16] = {};
     for (int32_t code = 0; code < level_count(w.grid); ++code) {

@@ -1,4 +1,6 @@
 // The product kernels of Hopper without one (emulator.h), at the smallest shapes that reach every part of them.
+#include <tuple>
+
 #include "emulator.h"
 #include "products.h"
 #include "quest/plan.h"
@@ -49,16 +51,17 @@ TEST(Emulated, SharedK) {
   struct Case {
     int multiprocessors;
     int64_t n, k;
-    int block_n;
+    int block_n, cluster;
   };
-  for (const auto& [multiprocessors, n, k, block_n] :
-       {Case{4, 130, 2048, 64}, Case{1, 40, 5136, 64}, Case{2, 250, 1040, 128}, Case{1, 190, 272, 192}, Case{4, 100, 1040, 64}}) {
+  for (const auto& [multiprocessors, n, k, block_n, cluster] :
+       {Case{4, 130, 2048, 64, 1}, Case{1, 40, 5136, 64, 1}, Case{2, 250, 1040, 128, 1}, Case{1, 190, 272, 192, 1},
+        Case{4, 100, 1040, 64, 2}}) {
     emulated::multiprocessors = multiprocessors;
     const Matrix w8(random, kInt8Grid, Layout::kCodes, n, k), w4(random, kInt4Grid, Layout::kPacked, n, k);
     const Matrix w2(random, kInt2Grid, Layout::kPlanes, n, 8 * k);
     for (const int64_t m : {33, 64}) {
       const GemmTile tile = plan_wgmma(GemmFamily::kInt4, m, n, k, multiprocessors);
-      ASSERT_EQ(std::pair(tile.block_m, tile.block_n), std::pair(64, block_n));
+      ASSERT_EQ(std::tuple(tile.block_m, tile.block_n, tile.cluster), std::tuple(64, block_n, cluster));
       check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), w4, m, n, k);
       check_product(kInt8, Matrix(random, kInt8Grid, Layout::kValues, m, k), w8, m, n, k, DType::kBFloat16);
     }

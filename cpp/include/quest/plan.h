@@ -68,6 +68,7 @@ bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capabi
 struct HeldPlan {
   int32_t rows, warps;
 };
+constexpr int32_t kHeldUnitN = 32, kHeldColumns = 512;  // rows of w that it sums together; columns of K of a warp
 HeldPlan plan_held(int32_t compute_capability);
 
 // Rows of real activations of 16-bit types up to which that kernel, some at a time, is faster than a product with the dequantized weight.

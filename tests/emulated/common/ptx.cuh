@@ -138,8 +138,8 @@ float product_of_pairs(uint32_t a, uint32_t b, Convert convert) {
 
 struct MmaBFloat16 {
   using Accumulator = float;
-  static constexpr int kSmallest = 133, kLevelShift = 9;
-  static constexpr uint32_t pair_of_power(int exponent) { return static_cast<uint32_t>(exponent + 127) * 0x00800080u; }
+  static constexpr int kSmallest = 133, kLargest = 127;
+  static constexpr uint32_t pair_of_power(int exponent) { return static_cast<uint32_t>(exponent + kLargest) * 0x00800080u; }
   static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fused_pair(a, b, c, bfloat16_to_float, pack_bfloat16); }
   static uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
   static float to_float(uint32_t bits) { return bfloat16_to_float(bits); }
@@ -150,8 +150,8 @@ struct MmaBFloat16 {
 
 struct MmaFloat16 {
   using Accumulator = float;
-  static constexpr int kSmallest = 24, kLevelShift = 12;
-  static constexpr uint32_t pair_of_power(int exponent) { return static_cast<uint32_t>(exponent + 15) * 0x04000400u; }
+  static constexpr int kSmallest = 24, kLargest = 15;
+  static constexpr uint32_t pair_of_power(int exponent) { return static_cast<uint32_t>(exponent + kLargest) * 0x04000400u; }
   static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fused_pair(a, b, c, float16_to_float, pack_float16); }
   static uint32_t pack(float low, float high) { return pack_float16(low, high); }
   static float to_float(uint32_t bits) { return float16_to_float(static_cast<uint16_t>(bits)); }
