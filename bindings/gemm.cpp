@@ -167,7 +167,7 @@ Tensor weight_only(const char* op, const Tensor& x, const Tensor& w, const Tenso
   const Execution execution(x);
   const int64_t m = product(lead_shape(x));
 #ifdef QUEST_BACKEND_CUDA
-  if (n > 0 && backend::weight_only_dequantizes(dtype, m, k)) {
+  if (n > 0 && backend::weight_only_dequantizes(operand, dtype, m, n, k)) {
     product_with_dequantized(input, operand, added, y, dtype, m, n, k, execution);
     return y;
   }

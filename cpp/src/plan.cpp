@@ -63,6 +63,10 @@ constexpr int64_t kPairedSteps = 8;
 // Rows up to which the kernel for few rows is faster than wgmma: of bytes and, on Hopper, where its warps unpack a for themselves, of
 // packed codes. (Elsewhere more than 16 rows are not measured.)
 constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
+// Rows of real activations up to which fixed-point numbers of them are faster than a product with the dequantized weight, and weights from
+// which they are faster than rows in registers, where these take one turn. (Making them takes about 2 us.)
+constexpr int64_t kFixedRows = 256, kFixedWeights = int64_t{1} << 23;
+constexpr int64_t kFixedColumns = 16384;  // of which a cluster of thread blocks has room for the numbers
 constexpr int32_t kHopper = 90;
 
 // Shared memory that a thread block can have.
@@ -248,6 +252,19 @@ int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability) {
   const int64_t bytes = rows * kFixedPlanes * ((k / 8 + kFixedSliceBytes - 1) / kFixedSliceBytes * kFixedSliceBytes);
   constexpr int64_t kOtherBytes = 6 * 1024;  // the sums of 16 warps, and what they leave of their shares of the rows
   return bytes <= shared_bytes(compute_capability) - kOtherBytes ? rows : 0;
+}
+
+bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k) {
+  if (k == 0 || k % 8 != 0 || k > kFixedColumns || !has_values(weight)) return false;
+  switch (layout) {
+    case Layout::kPacked: break;
+    case Layout::kPlanes:
+      if (weight.kind != GridKind::kInt || weight.bits > 3 || (weight.bits == 1 && plan_fixed_rows(m, k, kHopper) > 0)) return false;
+      break;
+    default:
+      if (weight.kind == GridKind::kFp4 || k % 16 != 0) return false;
+  }
+  return m <= kFixedRows && (m > plan_held(kHopper).rows || n * k >= kFixedWeights);
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {

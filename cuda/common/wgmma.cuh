@@ -23,10 +23,10 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // After a wait for all: the compiler must not have moved a use of d above it.
-template <int COUNT>
-__device__ __forceinline__ void wgmma_owned(int32_t (&d)[COUNT]) {
+template <typename T, int COUNT>
+__device__ __forceinline__ void wgmma_owned(T (&d)[COUNT]) {
 #pragma unroll
-  for (int32_t& word : d) asm volatile("" : "+r"(word)::"memory");
+  for (T& word : d) asm volatile("" : "+r"(word)::"memory");
 }
 
 // New metadata for a sparse product, where the products that used the old have been waited for. The tensor cores read metadata while they
@@ -94,6 +94,7 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n256" SHAPE TYPES, 128, "128", "129", "130", "131", "132", "133") \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n128" SHAPE TYPES, 64, "64", "65", "66", "67", "68", "69")        \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n64" SHAPE TYPES, 32, "32", "33", "34", "35", "36", "37")         \
+  QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n32" SHAPE TYPES, 16, "16", "17", "18", "19", "20", "21")         \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n16" SHAPE TYPES, 8, "8", "9", "10", "11", "12", "13")
 
 // kWords: registers of a. kBytes: of each row of b.
@@ -125,6 +126,7 @@ struct WgmmaBits {
   QUEST_WGMMA_FAMILY("k256", ".s32.b1.b1.and.popc", )
   QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n256k256.s32.b1.b1.and.popc", 128, "128", "129", "130")
   QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc", 64, "64", "65", "66")
+  QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n64k256.s32.b1.b1.and.popc", 32, "32", "33", "34")
 };
 
 #undef QUEST_WGMMA_FAMILY

@@ -29,4 +29,8 @@ bool gemm_planes_wgmma(const char* op, const Operand& a, const Operand& w, const
 bool gemm_sparse_wgmma(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                        cudaStream_t stream);
 
+// x: few rows of 16-bit floats (gemm_fixed.cuh), w: on a grid of integers.
+bool gemm_weight_only_wgmma(const char* op, const void* x, const Operand& w, const Output& output, int64_t k, const Device& device,
+                            cudaStream_t stream);
+
 }  // namespace quest::cuda

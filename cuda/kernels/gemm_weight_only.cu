@@ -14,6 +14,7 @@
 #include "common/gemm_held.cuh"
 #include "common/gemm_skinny.cuh"
 #include "common/gemm_tile.cuh"
+#include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
 #include "quest/plan.h"
 
@@ -329,8 +330,10 @@ __global__ __launch_bounds__(kBiasThreads) void add_bias_kernel(const float* bia
 
 }  // namespace
 
-bool weight_only_dequantizes(DType dtype, int64_t m, int64_t k) {
-  return dtype != DType::kFloat32 && k > 0 && m > plan_weight_only_rows(current_device("gemm_weight_only").compute_capability);
+bool weight_only_dequantizes(const Operand& w, DType dtype, int64_t m, int64_t n, int64_t k) {
+  if (dtype == DType::kFloat32 || k == 0) return false;
+  const Device device = current_device("gemm_weight_only");
+  return m > plan_weight_only_rows(device.compute_capability) && !(device.hopper_code && plan_fixed(w.grid, w.layout, m, n, k));
 }
 
 void add_bias(const float* bias, void* y, DType dtype, int64_t m, int64_t n, cudaStream_t stream) {
@@ -353,6 +356,7 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
            is_aligned(x, 16) && k % 8 == 0, w_rows, epilogue);
     return;
   }
+  if (gemm_weight_only_wgmma(op, x, w, epilogue.output, k, device, stream)) return;
   const bool bfloat16 = dtype == DType::kBFloat16;
   if (bfloat16 ? weight_only_held<MmaBFloat16>(op, x, w, epilogue, k, device, stream)
                : weight_only_held<MmaFloat16>(op, x, w, epilogue, k, device, stream)) {

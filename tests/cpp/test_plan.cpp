@@ -125,6 +125,20 @@ TEST(Plan, FewRows) {
   EXPECT_EQ(plan_fixed_rows(4, 32768, 90), 0);  // 256 KB
   EXPECT_EQ(plan_fixed_rows(1, 65536, 90), 1);
   EXPECT_EQ(plan_fixed_rows(1, 65544, 90), 0);  // sums beyond int32
+  // On Hopper those of integer grids become fixed-point numbers, if there are many of them or the weight is large.
+  const Grid bit{GridKind::kInt, 1}, nibble{GridKind::kInt, 4}, byte{GridKind::kInt, 8}, floats{GridKind::kFp4, 4};
+  EXPECT_TRUE(plan_fixed(bit, Layout::kPlanes, 5, 12288, 4096));
+  EXPECT_FALSE(plan_fixed(bit, Layout::kPlanes, 4, 12288, 4096));  // plan_fixed_rows
+  EXPECT_TRUE(plan_fixed(nibble, Layout::kPacked, 1, 12288, 4096));
+  EXPECT_FALSE(plan_fixed(nibble, Layout::kPacked, 16, 2048, 2048));
+  EXPECT_TRUE(plan_fixed(nibble, Layout::kPacked, 17, 2048, 2048));
+  EXPECT_TRUE(plan_fixed(floats, Layout::kPacked, 256, 64, 40));
+  EXPECT_FALSE(plan_fixed(floats, Layout::kPacked, 257, 64, 40));
+  EXPECT_FALSE(plan_fixed(floats, Layout::kCodes, 17, 4096, 4096));
+  EXPECT_FALSE(plan_fixed({GridKind::kGauss, 4}, Layout::kPacked, 17, 4096, 4096));
+  EXPECT_FALSE(plan_fixed(nibble, Layout::kPacked, 17, 4096, 4100));
+  EXPECT_FALSE(plan_fixed(nibble, Layout::kPacked, 17, 4096, 16392));
+  EXPECT_FALSE(plan_fixed(byte, Layout::kCodes, 17, 4096, 4104));
 
   // The activation is packed where that kernel takes it, and the weight never depends on the shape.
   const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, fp4{GridKind::kFp4, 4};

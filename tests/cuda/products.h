@@ -128,8 +128,9 @@ struct Shape {
 };
 
 // |y - y_ref| for float32 sums of k products in any order: each of about k additions and one product rounds to 2^-24 of sums that are at
-// most the sum of magnitudes; the levels of gauss are rounded to x's type once; the output is rounded to it once. A weight of one plane may
-// meet x as fixed-point numbers that are off by 2^-15 of the row's largest (plan_fixed_rows).
+// most the sum of magnitudes; the levels of gauss are rounded to x's type once; the output is rounded to it once. Weights of integer
+// grids may meet x as fixed-point numbers that are off by 2^-15 of the row's largest, by those of 8 bits 2^-14 (plan_fixed,
+// plan_fixed_rows).
 inline void check_weight_only(Random& random, Grid grid, Layout layout, DType dtype, int64_t m, int64_t n, int64_t k, int64_t offset = 0) {
   SCOPED_TRACE(concat(to_string(grid), " (", to_string(layout), "), ", m, " x ", n, " x ", k, ", dtype ", static_cast<int>(dtype)));
   const Matrix w(random, grid, layout, n, k);
@@ -148,23 +149,24 @@ inline void check_weight_only(Random& random, Grid grid, Layout layout, DType dt
   cuda::gemm_weight_only(device_x.data(), w.device(), device_bias.data(), y.data(), dtype, m, n, k, nullptr);
   const std::vector<uint8_t> got = y.host();
   const double level_rounding = grid.kind == GridKind::kGauss && dtype != DType::kFloat32 ? rounding(dtype) : 0.0;
-  const bool fixed =
-      layout == Layout::kPlanes && grid == Grid{GridKind::kInt, 1} && dtype != DType::kFloat32 && plan_fixed_rows(m, k, 90) > 0;
+  const bool one_plane = layout == Layout::kPlanes && grid == Grid{GridKind::kInt, 1};
+  const bool fixed = dtype != DType::kFloat32 && (plan_fixed(grid, layout, m, n, k) || (one_plane && plan_fixed_rows(m, k, 90) > 0));
   for (int64_t i = 0; i < m; ++i) {
     double largest = 0;
     for (int64_t l = 0; l < k; ++l) largest = std::max(largest, std::abs(static_cast<double>(wide[i * k + l])));
-    const double x_rounding = fixed ? largest * 0x1p-15 : 0.0;
+    const double x_rounding = fixed ? largest * (grid.bits == 8 ? 0x1p-14 : 0x1p-15) : 0.0;
     for (int64_t j = 0; j < n; ++j) {
-      double sum = 0, magnitude = 0;
+      double sum = 0, magnitude = 0, levels = 0;
       for (int64_t l = 0; l < k; ++l) {
         const double term = static_cast<double>(wide[i * k + l]) * code_level(grid, codes[j * k + l]);
         sum += term;
         magnitude += std::abs(term);
+        levels += std::abs(code_level(grid, codes[j * k + l]));
       }
       const double scale = w.host().scale[j];
       const double expected = sum * scale + bias[j];
-      const double tolerance = magnitude * scale * ((static_cast<double>(k) + 4) * 0x1p-24 + level_rounding) +
-                               static_cast<double>(k) * x_rounding * scale + std::abs(expected) * (rounding(dtype) * 1.01 + 0x1p-23) + 1e-6;
+      const double tolerance = magnitude * scale * ((static_cast<double>(k) + 4) * 0x1p-24 + level_rounding) + levels * x_rounding * scale +
+                               std::abs(expected) * (rounding(dtype) * 1.01 + 0x1p-23) + 1e-6;
       ASSERT_NEAR(element(got, dtype, i * n + j), expected, tolerance) << "row " << i << ", column " << j;
     }
   }

@@ -547,6 +547,27 @@ TEST_F(GemmWeightOnly, HeldRows) {
   }
 }
 
+// x as fixed-point numbers on wgmma: one block and several that share K, one tile a block and several, groups of rows.
+TEST_F(GemmWeightOnly, FixedPoint) {
+  Random random(27);
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const auto& [m, n, k] : {Shape{17, 70, 40},
+                                  {33, 300, 520},
+                                  {70, 130, 2056},
+                                  {250, 70, 1032},
+                                  {5, 4100, 2056},
+                                  {8, 800, 11000},
+                                  {9, 600, 16384},
+                                  {12, 17001, 520}}) {
+      for (const int32_t bits : {1, 2, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, n, k);
+      for (const Grid grid : {Grid{GridKind::kInt, 4}, Grid{GridKind::kFp4, 4}})
+        check_weight_only(random, grid, Layout::kPacked, dtype, m, n, k);
+      const GridKind bytes = dtype == DType::kFloat16 ? GridKind::kIntZero : GridKind::kInt;  // or sums reach float16's infinity
+      check_weight_only(random, {bytes, 8}, Layout::kCodes, dtype, m, n, k / 16 * 16);
+    }
+  }
+}
+
 // x as fixed-point planes: every number of rows, row lengths that end anywhere in a slice, and as long as they fit.
 TEST_F(GemmWeightOnly, FewRowsByOnePlane) {
   Random random(23);

@@ -27,8 +27,8 @@ namespace quest::emulated {
 constexpr int kWarp = 32, kWarpgroup = 128, kMostThreads = 1024;
 constexpr int kSharedBytes = 227 * 1024;  // a thread block of Hopper can ask for
 
-// How many the GPU has: few, so that a block makes several tiles of a small product.
-inline int multiprocessors = 4;
+// How many the GPU has: few, so that a block makes several tiles of a small product. And which it is.
+inline int multiprocessors = 4, compute_capability = 90;
 
 // What several threads wait for. A wait that takes a minute is one that never ends.
 class Meeting {
@@ -135,6 +135,7 @@ using std::min;
 
 inline void __syncthreads() { quest::emulated::block->named[0].sync(quest::emulated::block->meeting, blockDim.x); }
 inline void __syncwarp() { quest::emulated::block->sync_warp(threadIdx.x); }
+inline void __nanosleep(unsigned) {}
 inline int __shfl_sync(unsigned, int value, int) { return value; }  // of what is the same in all lanes
 [[noreturn]] inline void __trap() { std::abort(); }
 
@@ -156,12 +157,18 @@ inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
+inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(value)); }
 inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return sum;
+}
+inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t sum) {
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 0xFF) * (b >> i & 0xFF);
   return sum;
 }
 inline int __dp2a_lo(int a, int b, int sum) {

@@ -30,18 +30,41 @@ TEST(Emulated, FewRows) {
   }
 }
 
-TEST(Emulated, FewRowsOfRealActivations) {
-  emulated::multiprocessors = 2;
+// Real activations as fixed-point numbers: one pass over K and several, whole and not; one block, two and four that share K; several tiles
+// a block, and groups of rows.
+TEST(Emulated, FixedPoint) {
   Random random(2);
-  for (const auto& [m, n, k] : {Shape{1, 150, 200}, Shape{3, 20, 4640}, Shape{16, 40, 1000}}) {
-    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-      for (const int32_t bits : {1, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, n, k);
-      for (const Grid grid : {kInt4Grid, kGauss4Grid}) check_weight_only(random, grid, Layout::kPacked, dtype, m, n, k);
-    }
+  struct Case {
+    int multiprocessors;
+    Shape shape;
+  };
+  for (const auto& [multiprocessors, s] : {Case{1, {17, 150, 200}}, Case{1, {33, 100, 2600}}, Case{8, {17, 130, 8200}}}) {
+    for (const int32_t bits : {1, 2, 3}) ASSERT_TRUE(plan_fixed({GridKind::kInt, bits}, Layout::kPlanes, s.m, s.n, s.k));
+    emulated::multiprocessors = multiprocessors;
+    for (const int32_t bits : {1, 2, 3})
+      check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, DType::kBFloat16, s.m, s.n, s.k);
+    for (const Grid grid : {kInt4Grid, kFp4Grid}) check_weight_only(random, grid, Layout::kPacked, DType::kFloat16, s.m, s.n, s.k);
+    check_weight_only(random, kInt8Grid, Layout::kCodes, DType::kBFloat16, s.m, s.n, s.k / 16 * 16);
   }
-  // Codes of a byte; 16 rows and two passes over K.
-  check_weight_only(random, kInt8Grid, Layout::kCodes, DType::kBFloat16, 3, 40, 528);
-  check_weight_only(random, kInt4Grid, Layout::kPacked, DType::kBFloat16, 16, 40, 4640);
+}
+
+// Real activations in registers: on older GPUs.
+TEST(Emulated, HeldRows) {
+  emulated::multiprocessors = 2;
+  Random random(6);
+  for (const int capability : {90, 80}) {
+    emulated::compute_capability = capability;
+    for (const auto& [m, n, k] : {Shape{1, 150, 200}, Shape{3, 20, 4640}, Shape{16, 40, 1000}}) {
+      for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+        for (const int32_t bits : {1, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, n, k);
+        for (const Grid grid : {kInt4Grid, kGauss4Grid}) check_weight_only(random, grid, Layout::kPacked, dtype, m, n, k);
+      }
+    }
+    // Codes of a byte; several passes over K.
+    check_weight_only(random, kInt8Grid, Layout::kCodes, DType::kBFloat16, 3, 40, 528);
+    check_weight_only(random, kGauss4Grid, Layout::kPacked, DType::kBFloat16, 16, 40, 4640);
+  }
+  emulated::compute_capability = 90;
 }
 
 // Tiles of 64 and 16 rows, of 64, 128 and 192 columns, whose warpgroups share K: as many steps for each, and fewer for some; more than the

@@ -64,7 +64,8 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capabilit
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
 
 // The kernel that holds few rows of real activations in registers: how many at once, and by how many warps of a thread block. (plan_tile
-// names it for up to plan_weight_only_rows rows; of these the first few by a weight of one plane have plan_fixed_rows' kernel.)
+// names it for up to plan_weight_only_rows rows; of these the first few by a weight of one plane have plan_fixed_rows' kernel, and others
+// that of plan_fixed.)
 struct HeldPlan {
   int32_t rows, warps;
 };
@@ -78,6 +79,10 @@ int64_t plan_weight_only_rows(int32_t compute_capability);
 // their sums do not fit int32, or they do not fit in shared memory.
 constexpr int32_t kFixedPlanes = 16, kFixedSliceBytes = 128;  // of a row; to whole slices of so many bytes a plane is padded
 int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability);
+
+// Whether Hopper's kernel that makes fixed-point numbers of few rows of real activations, some at a time, takes a product: where it is
+// faster than the kernels above, or for more rows than a product with the dequantized weight.
+bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k);
 
 // Whether gemm_int4, for more rows, multiplies codes as they are, two a byte, on tensor cores for 4-bit integers. Later GPUs than 8.9 only
 // emulate those, several times slower than they multiply int8.

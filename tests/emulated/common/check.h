@@ -19,7 +19,10 @@ struct Device {
   bool hopper_code;
 };
 
-inline Device current_device(const char*) { return {90, emulated::multiprocessors, emulated::kSharedBytes, true}; }
+inline Device current_device(const char*) {
+  const int capability = emulated::compute_capability;
+  return {capability, emulated::multiprocessors, emulated::kSharedBytes, capability == 90};
+}
 
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 inline void check_aligned(const char* op, const char* argument, const void* pointer) {

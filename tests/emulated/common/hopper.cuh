@@ -43,6 +43,13 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   cluster.counting.wait(lock, [&] { return counter.phase != parity; });
 }
 
+inline bool barrier_test(uint64_t* barrier, uint32_t parity) {
+  std::this_thread::yield();
+  emulated::Cluster& cluster = *emulated::block->cluster;
+  const std::lock_guard<std::mutex> lock(cluster.counting.mutex);
+  return cluster.counters.at(barrier).phase != parity;
+}
+
 inline void named_barrier_arrive(int id, int threads) { emulated::block->named[id].arrive(emulated::block->meeting, threads); }
 
 // ---- clusters

@@ -7,8 +7,8 @@ namespace quest::cuda {
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
-template <int COUNT>
-void wgmma_owned(int32_t (&)[COUNT]) {}
+template <typename T, int COUNT>
+void wgmma_owned(T (&)[COUNT]) {}
 template <int PENDING>
 void wgmma_wait() {}
 inline void replace_metadata(uint32_t& metadata, uint32_t by, uint32_t) { metadata = by; }

@@ -28,7 +28,7 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
 
 // Whether a product with the dequantized weight, of which there are fast ones for floats, is faster than gemm_weight_only; and what is left
 // of one: y += bias, rounded.
-bool weight_only_dequantizes(DType dtype, int64_t m, int64_t k);
+bool weight_only_dequantizes(const Operand& w, DType dtype, int64_t m, int64_t n, int64_t k);
 void add_bias(const float* bias, void* y, DType dtype, int64_t m, int64_t n, cudaStream_t stream);
 
 }  // namespace quest::cuda

@@ -1,0 +1,631 @@
+// The product of few rows of real a with w on a grid of integers, on Hopper's wgmma: a as fixed-point numbers.
+//
+// A product of floats would widen each code of w to 16 bits, and a matrix instruction for few rows takes 13 cycles whatever its elements
+// are. Integers have more columns of K in one. A number is a/step, rounded, 16 bits in two's complement; step is the power of two for which
+// the largest magnitude in a unit of 512 or 1024 neighbouring columns of its row needs all of them. So bfloat16 of at least 2^-6 of the
+// largest are exact, and others are off by at most 2^-15 of it. It is 256 high + low, both of them int8: two digits; or it is 16 bits.
+// These are rows of the instruction's right operand:
+//
+//   sum_k v_k a_k = step (mul (256 sum_k c_k high_k + sum_k c_k low_k) + add sum_k number_k)                       v = mul c + add
+//   sum_k v_k a_k = step (2 sum_p +-2^p popcount(bit_p(number) & c) - sum_k number_k)     (- for p = 15)           one bit: v = 2 c - 1
+//
+// modulo 2^32, exact. The second takes more products, and no instruction to widen a weight.
+//
+// Split of the work. A cluster of thread blocks has 8 or 16 rows of a and some neighbouring tiles of 64 rows of w; its blocks share K. Each
+// makes numbers of its columns, in shared memory and in the place of a. Of its four warpgroups, one, two or four share the units of a tile,
+// so that all have work. They send their sums to the block and the warpgroup that add them up (st.async), in a fixed order: one launch, no
+// atomics.
+//
+// The weight is the left operand. The copy engine brings 64 of its rows at a time to a ring of each warpgroup; one more warp starts the
+// copies, a lane for each warpgroup. (Where a thread of the warpgroup itself does it, the compiler no longer keeps descriptors in uniform
+// registers.) Bits are multiplied where they lie. Wider codes go through registers: the instruction sums over K in any order as long as
+// both operands agree, so a lane's 16 bytes of w are the columns that it contributes, and the digits of a are laid down in the order that
+// unpacking them is cheapest.
+//
+// What bounds it: making numbers, which every cluster does for itself (a bit of each of 32 numbers to a word: 300 instructions a lane), and
+// unpacking, both integer instructions, of which a multiprocessor does 64 a cycle. The tensor cores work in a third of the cycles.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/check.h"
+#include "common/chunk.cuh"
+#include "common/epilogue.cuh"
+#include "common/grid.cuh"
+#include "common/hopper.cuh"
+#include "common/shares.cuh"
+#include "common/tensor_map.h"
+#include "common/wgmma.cuh"
+#include "common/wgmma_epilogue.cuh"
+#include "quest/plan.h"
+
+namespace quest::cuda {
+
+inline constexpr int kFixedGroups = 4, kFixedThreads = kFixedGroups * kWarpgroup + 32;
+inline constexpr int kFixedMostSlots = 8, kFixedMostTiles = 32;
+
+struct FixedProblem {
+  const uint8_t* x;  // rows of 16-bit floats, which start at multiples of 16 bytes
+  int32_t k;
+  Output output;
+  const float* w_scale;
+  uint32_t mul, add;   // v = mul u + add for the integers u of w
+  uint32_t flip;       // of bytes: 0x80808080 makes c - 128 of 8-bit codes
+  uint4 table;         // of nibbles that are looked up
+  int32_t spare_bits;  // of a number, where 16 would be too many for the sum
+  int32_t cluster_log2, k_groups_log2;
+  int32_t row_groups;   // of ROWS rows of a: neighbouring clusters have the same rows of w
+  int32_t slots;        // of a ring
+  Shares tiles, units;  // of 64 rows of w, among the clusters of a group of rows; of K, among the blocks of a cluster
+};
+
+// ---- one bit, multiplied where it lies
+struct FixedBit {
+  static constexpr bool kByBits = true;
+  static constexpr int kUnitColumns = 1024, kStageRowBytes = 128;
+  static constexpr int kPieces = 1, kPlanes = 1, kShift = 0;
+  static __device__ __forceinline__ int column(int warp, int t, int eight) { return 128 * warp + 32 * t + 8 * eight; }
+};
+
+// ---- what a lane loads of a unit of a row of w, 16 bytes of every plane kPieces times, and the two words, of 4 bytes each, that it
+// contributes to step i of a piece. A quarter of the 16 steps belongs to 32 columns of a lane, in four times 8: `column` says where these
+// are, `source` which of them is byte i of word k of the quarter. The words are 2^kShift u.
+struct FixedCodes {
+  static constexpr bool kByBits = false;
+  static constexpr int kUnitColumns = 512, kStageRowBytes = 64;
+};
+
+struct Place {
+  int eight, column;
+};
+
+// Bit planes: every eighth column of 32 in a word. Codes end below the sign: most bits are shifted to the left, which is a multiplication
+// and has units of its own.
+template <int PLANES>
+struct FixedBits : FixedCodes {
+  static constexpr int kPieces = 1, kPlanes = PLANES, kShift = 7 - PLANES;
+  uint4 loaded[PLANES];
+  __device__ __forceinline__ uint2 words(const FixedProblem&, int i) const { return make_uint2(word(i, 0), word(i, 1)); }
+  __device__ __forceinline__ uint32_t word(int i, int half) const {
+    uint32_t result = 0;
+#pragma unroll
+    for (int j = 0; j < PLANES; ++j) {
+      const uint32_t bits = word_of(loaded[j], i / 4);
+      const int from = i % 4 * 2 + half, to = kShift + j;
+      result |= (to >= from ? bits << (to - from) : bits >> (from - to)) & 0x01010101u << to;
+    }
+    return result;
+  }
+  static __device__ __forceinline__ int column(int quarter, int t, int eight) { return 128 * t + 32 * quarter + 8 * eight; }
+  static constexpr __device__ Place source(int k, int i) { return {i, k}; }
+};
+
+// 4-bit codes: the even ones of 8 and the odd ones.
+struct FixedNibbles : FixedCodes {
+  static constexpr int kPieces = 4, kPlanes = 1, kShift = 0;
+  uint4 loaded[1];
+  __device__ __forceinline__ uint2 words(const FixedProblem&, int i) const {
+    const uint32_t codes = word_of(loaded[0], i);
+    return make_uint2(codes & 0x0F0F0F0Fu, codes >> 4 & 0x0F0F0F0Fu);
+  }
+  static __device__ __forceinline__ int column(int quarter, int t, int eight) { return 128 * quarter + 32 * t + 8 * eight; }
+  static constexpr __device__ Place source(int k, int i) { return {k / 2, 2 * i + k % 2}; }
+};
+
+// 4-bit codes by table: the first four of 8 and the others.
+struct FixedTable : FixedNibbles {
+  __device__ __forceinline__ uint2 words(const FixedProblem& problem, int i) const {
+    const uint32_t codes = word_of(loaded[0], i);
+    return make_uint2(look_up_nibbles(problem.table, codes), look_up_nibbles(problem.table, codes >> 16));
+  }
+  static constexpr __device__ Place source(int k, int i) { return {k / 2, 4 * (k % 2) + i}; }
+};
+
+// Codes of a byte.
+struct FixedBytes : FixedCodes {
+  static constexpr int kPieces = 8, kPlanes = 1, kShift = 0;
+  uint4 loaded[1];
+  __device__ __forceinline__ uint2 words(const FixedProblem& problem, int i) const {
+    return make_uint2(word_of(loaded[0], 2 * i) ^ problem.flip, word_of(loaded[0], 2 * i + 1) ^ problem.flip);
+  }
+  static __device__ __forceinline__ int column(int quarter, int t, int eight) {
+    return 128 * quarter + eight / 2 * 64 + 16 * t + eight % 2 * 8;
+  }
+  static constexpr __device__ Place source(int k, int i) { return {k / 2, 4 * (k % 2) + i}; }
+};
+
+// The 8 x 8 bits of the same byte of words 0 ... 7, transposed, and of words 8 ... 15. Blocks of 4, 2 bits and bits swap places.
+__device__ __forceinline__ void transpose_bytes(uint32_t (&words)[16]) {
+  auto stage = [&](auto distance, uint32_t low) {
+    constexpr int kDistance = decltype(distance)::value;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (i & kDistance) continue;
+      uint32_t &a = words[i], &b = words[i + kDistance];
+      const uint32_t lower = (a & low) | (b << kDistance & ~low), upper = (a >> kDistance & low) | (b & ~low);
+      a = lower, b = upper;
+    }
+  };
+  stage(std::integral_constant<int, 4>(), 0x0F0F0F0Fu);
+  stage(std::integral_constant<int, 2>(), 0x33333333u);
+  stage(std::integral_constant<int, 1>(), 0x55555555u);
+}
+
+// What the sums of a unit of a row of a are to be multiplied by, after `part` has been added to them.
+struct FixedRow {
+  float step;
+  uint32_t part;
+};
+
+// Shared memory: the numbers of the block's units; the rings; what is received of tiles; the factors of the units; what is left of rows on
+// their way to numbers; barriers.
+template <typename W, int ROWS>
+struct FixedKernel {
+  static constexpr int kEights = ROWS / 8;
+  static constexpr int kUnitBytes = ROWS * W::kUnitColumns * 2;  // digits, or bits, or a itself
+  static constexpr int kQuarterBytes = 2 * ROWS * 128;           // of digits
+  static constexpr int kEightBytes = 8 * W::kUnitColumns * 2;    // of bits
+  static constexpr int kPlaneBytes = kWarpgroupColumns * W::kStageRowBytes, kStageBytes = W::kPlanes * kPlaneBytes;
+  static constexpr int kTeamWarps = W::kUnitColumns / 128, kTeams = kFixedGroups * 4 / kTeamWarps;  // that make numbers of 8 rows of a unit
+  static constexpr int kParts = 4 * kEights;  // of a tile: the sums of a warp with 8 rows. Blocks own them in turn.
+  static constexpr int kPartBytes = 32 * 16;
+  static constexpr int kFactorBytes = ROWS * static_cast<int>(sizeof(FixedRow));
+  // Of a warp's columns of 8 rows: the largest magnitude and the sum of the numbers. A team's turns alternate.
+  struct Left {
+    uint32_t largest[2][8][kTeamWarps];
+    int32_t total[2][8][kTeamWarps];
+  };
+  static constexpr int kLeftBytes = kTeams * static_cast<int>(sizeof(Left));
+  static constexpr int kBarrierBytes = (2 * kFixedGroups * kFixedMostSlots + kFixedMostTiles) * 8;
+  static constexpr int kOtherBytes = kLeftBytes + kBarrierBytes;
+};
+
+template <typename Mma, typename W, int ROWS>
+__global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __grid_constant__ CUtensorMap w_map,
+                                                                      const __grid_constant__ FixedProblem problem) {
+#ifdef QUEST_SM90A
+  using Kernel = FixedKernel<W, ROWS>;
+  constexpr int kEights = Kernel::kEights, kPieces = W::kPieces, kStageBytes = Kernel::kStageBytes;
+  const Output& y = problem.output;
+  const int warpgroup = warpgroup_index(), warp = warp_index(), lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
+
+  const int blocks = 1 << problem.cluster_log2, k_groups = 1 << problem.k_groups_log2;
+  const int cluster = static_cast<int>(blockIdx.x) >> problem.cluster_log2, rank = static_cast<int>(blockIdx.x) & (blocks - 1);
+  const int range = cluster / problem.row_groups, first_row = (cluster - range * problem.row_groups) * ROWS;
+  const int rows = min(ROWS, static_cast<int>(y.m) - first_row);
+  const int first_n = problem.tiles.first(range) * kWarpgroupColumns;
+  const int tiles = problem.tiles.first(range + 1) - problem.tiles.first(range);
+  const int first_unit = problem.units.first(rank), units = problem.units.first(rank + 1) - first_unit;
+  const int k_group = warpgroup & (k_groups - 1), first_tile = warpgroup >> problem.k_groups_log2;
+  const int tile_stride = kFixedGroups >> problem.k_groups_log2;
+  const int senders = (blocks << problem.k_groups_log2) - 1, own_parts = (Kernel::kParts + blocks - 1) >> problem.cluster_log2;
+
+  // The same places in all blocks of a cluster, which may differ by a unit.
+  const int most_units = problem.units.most();
+  uint8_t* const numbers = dynamic_shared();
+  uint8_t* shared = numbers + most_units * Kernel::kUnitBytes;
+  uint8_t* const ring = shared + warpgroup * problem.slots * kStageBytes;
+  shared += kFixedGroups * problem.slots * kStageBytes;
+  int4* const received = reinterpret_cast<int4*>(shared);  // [tile][sender][own part][lane]
+  shared += tiles * senders * own_parts * Kernel::kPartBytes;
+  FixedRow* const factors = reinterpret_cast<FixedRow*>(shared);  // [unit][row]
+  shared += most_units * Kernel::kFactorBytes;
+  auto* const left = reinterpret_cast<typename Kernel::Left*>(shared);
+  shared += Kernel::kLeftBytes;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(shared) + warpgroup * 2 * kFixedMostSlots;
+  uint64_t* const empty = full + kFixedMostSlots;
+  uint64_t* const sent = reinterpret_cast<uint64_t*>(shared) + kFixedGroups * 2 * kFixedMostSlots;  // of each tile: all senders have
+
+  // A thread each: this is done before the first byte is asked for.
+  constexpr int kRingBarriers = kFixedGroups * 2 * kFixedMostSlots;
+  if (threadIdx.x < kRingBarriers + kFixedMostTiles) {
+    const int i = threadIdx.x, tile = i - kRingBarriers;
+    if (tile < 0) {
+      barrier_init(sent - kRingBarriers + i, i % (2 * kFixedMostSlots) < kFixedMostSlots ? 1 : kWarpgroup / 32);
+    } else if (tile < tiles) {
+      const int owned = (Kernel::kParts - rank + blocks - 1) >> problem.cluster_log2;
+      barrier_init(&sent[tile], 1 + owned * (k_groups - 1));  // this thread, and warps of this block; the bytes of others
+      barrier_expect(&sent[tile], owned * (senders - (k_groups - 1)) * Kernel::kPartBytes);
+    }
+    barrier_init_fence();
+  } else if (threadIdx.x == kFixedThreads - 1) {
+    prefetch_tensor_map(&w_map);
+  }
+  __syncthreads();
+  if (blocks > 1) cluster_arrive_relaxed();
+  wait_for_prerequisites();
+
+  if (warpgroup == kFixedGroups) {
+    if (lane < kFixedGroups) {
+      const int first_unit_of_group = lane & (k_groups - 1);
+      int tile = lane >> problem.k_groups_log2, unit = first_unit_of_group, piece = 0, slot = 0;
+      uint32_t parity = 1;
+      uint8_t* const group_ring = ring + (lane - kFixedGroups) * problem.slots * kStageBytes;
+      uint64_t* const group_full = full + (lane - kFixedGroups) * 2 * kFixedMostSlots;
+      while (tile < tiles && unit < units) {
+        if (!barrier_test(&group_full[kFixedMostSlots + slot], parity)) {
+          __nanosleep(20);  // asking takes turns from warps that multiply
+          continue;
+        }
+        barrier_expect(&group_full[slot], kStageBytes);
+        tensor_load<false>(group_ring + slot * kStageBytes, &w_map, &group_full[slot],
+                           ((first_unit + unit) * kPieces + piece) * W::kStageRowBytes, first_n + tile * kWarpgroupColumns, 0, 0);
+        if (++slot == problem.slots) slot = 0, parity ^= 1;
+        if (++piece < kPieces) continue;
+        piece = 0;
+        unit += k_groups;
+        if (unit >= units) unit = first_unit_of_group, tile += tile_stride;
+      }
+    }
+    __syncwarp();
+    if (blocks > 1) cluster_wait();
+    return;
+  }
+
+  // From a to numbers, in its place. A team of warps has 8 rows of a unit, a lane 32 columns of one of them.
+  constexpr int kTeamWarps = Kernel::kTeamWarps, kTeamThreads = 32 * kTeamWarps, kTeams = Kernel::kTeams;
+  const int team = threadIdx.x / kTeamThreads, team_warp = threadIdx.x % kTeamThreads / 32, turns = units * kEights;
+  const int row_of_eight = lane % 8, fourth = lane / 8;
+  auto& team_left = left[team];
+  // Where a turn's 64 columns from 64 `block` on are.
+  auto place_of = [&](int turn, int block) {
+    const int unit = turn / kEights, eight = turn % kEights;
+    uint8_t* const place = numbers + unit * Kernel::kUnitBytes;
+    return W::kByBits ? place + eight * Kernel::kEightBytes + block * 8 * 128 : place + (block * ROWS + eight * 8) * 128;
+  };
+  for (int turn = team; turn < turns; turn += kTeams) {
+    const int thread = threadIdx.x % kTeamThreads, eights = W::kUnitColumns / 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = (thread + i * kTeamThreads) / eights, chunk = thread % eights;  // neighbouring threads: neighbouring columns
+      const int m = turn % kEights * 8 + row, column = (first_unit + turn / kEights) * W::kUnitColumns + chunk * 8;
+      cp_async_16(place_of(turn, chunk / 8) + row * 128 + (chunk % 8 ^ row) * 16,
+                  problem.x + 2 * (static_cast<int64_t>(first_row + m) * problem.k + column), m < rows && column < problem.k);
+    }
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  named_barrier(2 + team, kTeamThreads);
+  for (int turn = team; turn < turns; turn += kTeams) {
+    auto& largest = team_left.largest[turn / kTeams % 2];
+    auto& total = team_left.total[turn / kTeams % 2];
+    uint4 x[4] = {};
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int chunk = W::column(team_warp, fourth, i) / 8;
+      x[i] = *reinterpret_cast<const uint4*>(place_of(turn, chunk / 8) + row_of_eight * 128 + (chunk % 8 ^ row_of_eight) * 16);
+      const uint32_t low = __vmaxu2(x[i].x & 0x7FFF7FFFu, x[i].y & 0x7FFF7FFFu);
+      const uint32_t high = __vmaxu2(x[i].z & 0x7FFF7FFFu, x[i].w & 0x7FFF7FFFu);
+      most = __vmaxu2(most, __vmaxu2(low, high));
+    }
+    most = __vmaxu2(most, __shfl_xor_sync(0xFFFFFFFFu, most, 8));
+    most = __vmaxu2(most, __shfl_xor_sync(0xFFFFFFFFu, most, 16));
+    if (fourth == 0) largest[row_of_eight][team_warp] = max(most & 0xFFFFu, most >> 16);
+    named_barrier(2 + team, kTeamThreads);  // and all of a has been read
+    uint32_t most_bits = 0;
+#pragma unroll
+    for (int i = 0; i < kTeamWarps; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(&largest[row_of_eight][i]);
+      most_bits = max(most_bits, max(max(four.x, four.y), max(four.z, four.w)));
+    }
+    // The exponent of step + 14, as in a float; not so small that a step has none. (Two digits make at most 32639.)
+    const float magnitude = Mma::to_float(most_bits);
+    constexpr float kRoom = W::kByBits ? 1.0f : 1.00395f;
+    const uint32_t exponent = max((__float_as_uint(magnitude * kRoom) >> 23) + problem.spare_bits, 15u + W::kShift);
+    const float one_over_step = __uint_as_float((254 + 14 - exponent) << 23);
+    auto number = [&](int eight, int column, float magic) {  // in the low 16 bits
+      const uint32_t pair = word_of(x[eight], column / 2);
+      return __float_as_uint(fmaf(Mma::to_float(column % 2 == 0 ? pair & 0xFFFFu : pair >> 16), one_over_step, magic));
+    };
+    uint32_t sum = 0;
+    if constexpr (W::kByBits) {
+      // Of the numbers i, i + 8, i + 16, i + 24 the low bytes in word i and the high ones in word 8 + i; then bits.
+      uint32_t words[16], low_sum = 0;
+      int32_t high_sum = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        uint32_t four[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) four[j] = number(j, i, kIntegerFloat);
+        const uint32_t first = __byte_perm(four[0], four[1], 0x5140), second = __byte_perm(four[2], four[3], 0x5140);
+        words[i] = __byte_perm(first, second, 0x5410);
+        words[8 + i] = __byte_perm(first, second, 0x7632);
+        low_sum = __dp4a(words[i], 0x01010101u, low_sum);
+        high_sum = __dp4a(static_cast<int32_t>(words[8 + i]), 0x01010101, high_sum);
+      }
+      sum = 256 * static_cast<uint32_t>(high_sum) + low_sum;
+      transpose_bytes(words);
+      uint8_t* const place = place_of(turn, 0) + row_of_eight * 128 + (team_warp ^ row_of_eight) * 16 + fourth * 4;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) *reinterpret_cast<uint32_t*>(place + i * 8 * 128) = words[i];
+    } else {
+      uint8_t* const place = numbers + turn / kEights * Kernel::kUnitBytes + team_warp * Kernel::kQuarterBytes +
+                             (turn % kEights * 8 + row_of_eight) * 128 + fourth * 4;
+      int32_t high_sum = 0, low_sum = 0;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        constexpr float kDigitFloat = kIntegerFloat + 128.0f;  // so that the high digit of what is rounded is right for a signed low one
+        uint32_t four[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) four[i] = number(W::source(k, i).eight, W::source(k, i).column, kDigitFloat);
+        const uint32_t first = __byte_perm(four[0], four[1], 0x5140), second = __byte_perm(four[2], four[3], 0x5140);
+        const uint32_t high = __byte_perm(first, second, 0x7632), low = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
+        high_sum = __dp4a(static_cast<int32_t>(high), 0x01010101, high_sum);
+        low_sum = __dp4a(static_cast<int32_t>(low), 0x01010101, low_sum);
+        *reinterpret_cast<uint32_t*>(place + (k ^ row_of_eight) * 16) = high;
+        *reinterpret_cast<uint32_t*>(place + (k ^ row_of_eight) * 16 + ROWS * 128) = low;
+      }
+      sum = static_cast<uint32_t>(256 * high_sum + low_sum);
+    }
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 8);
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 16);
+    if (fourth == 0) total[row_of_eight][team_warp] = static_cast<int32_t>(sum);
+    named_barrier(2 + team, kTeamThreads);
+    if (threadIdx.x % kTeamThreads < 8) {  // the lanes of the 8 rows
+      uint32_t all = 0;
+#pragma unroll
+      for (int i = 0; i < kTeamWarps; ++i) all += static_cast<uint32_t>(total[row_of_eight][i]);
+      // A row with a NaN or an infinity has no step.
+      factors[turn / kEights * ROWS + turn % kEights * 8 + row_of_eight] = {
+          magnitude <= kLargestFloat ? __uint_as_float((exponent - 14 - W::kShift) << 23) : NAN, (problem.add << W::kShift) * all};
+    }
+  }
+
+  // The words of four steps.
+  using Words = uint32_t[4][4];
+  W loaded[2] = {};
+  int slot = 0;
+  uint32_t parity = 0;
+  auto give_back = [&] {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&empty[slot]);
+    if (++slot == problem.slots) slot = 0, parity ^= 1;
+  };
+  auto unpack = [&](Words& words, int quarter) {
+    if constexpr (!W::kByBits) {
+      constexpr int kPieceSteps = 16 / kPieces;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int step = (4 * quarter + i) % kPieceSteps;
+        if (step == 0) {
+          barrier_wait(&full[slot], parity);
+          const uint8_t* const source = ring + slot * kStageBytes + (warp * 16 + group) * W::kStageRowBytes + t * 16;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int j = 0; j < W::kPlanes; ++j) {
+              loaded[half].loaded[j] = *reinterpret_cast<const uint4*>(source + j * Kernel::kPlaneBytes + half * 8 * W::kStageRowBytes);
+            }
+          }
+          give_back();
+        }
+        const uint2 top = loaded[0].words(problem, step), bottom = loaded[1].words(problem, step);
+        words[i][0] = top.x, words[i][1] = bottom.x, words[i][2] = top.y, words[i][3] = bottom.y;
+      }
+      // Made here, not between the products' fence and the products.
+#pragma unroll
+      for (auto& four : words) wgmma_owned(four);
+    }
+  };
+
+  // A tile whose sums are on their way: what this warpgroup has of them, and the scales and biases of a lane's two columns.
+  struct Tile {
+    int index;
+    float sums[kEights][4], scale[2], bias[2];
+  };
+  Tile last;
+  last.index = -1;
+  auto finish = [&] {
+    if (last.index < 0 || k_group > 0) return;
+    if (senders > 0) barrier_wait(&sent[last.index], 0);
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) {
+      const int part = warp * kEights + j;
+      if ((part & (blocks - 1)) != rank) continue;
+      float sums[4] = {last.sums[j][0], last.sums[j][1], last.sums[j][2], last.sums[j][3]};
+      const int4* source = received + (last.index * senders * own_parts + (part >> problem.cluster_log2)) * 32 + lane;
+      for (int i = 0; i < senders; ++i, source += own_parts * 32) {
+        const int4 words = *source;
+        sums[0] += __int_as_float(words.x), sums[1] += __int_as_float(words.y);
+        sums[2] += __int_as_float(words.z), sums[3] += __int_as_float(words.w);
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int m = 8 * j + 2 * t + c % 2, n = first_n + last.index * kWarpgroupColumns + warp * 16 + group + c / 2 * 8;
+        if (m < rows && n < y.n) store_value(y, first_row + m, n, scaled(sums[c], 1.0f, last.scale[c / 2], last.bias[c / 2]));
+      }
+    }
+  };
+
+  Words even, odd;
+  if constexpr (!W::kByBits) {
+    if (first_tile < tiles && k_group < units) unpack(even, 0);
+  }
+  async_proxy_fence();
+  named_barrier(1, kFixedGroups * kWarpgroup);  // all numbers are there
+  if (blocks > 1) cluster_wait();               // for the other blocks' barriers
+  for (int tile = first_tile; tile < tiles; tile += tile_stride) {
+    Tile now;
+    now.index = tile;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int n = min(first_n + tile * kWarpgroupColumns + warp * 16 + group + 8 * half, static_cast<int>(y.n) - 1);
+      now.scale[half] = problem.w_scale[n];
+      now.bias[half] = y.bias != nullptr ? y.bias[n] : 0.0f;
+    }
+#pragma unroll
+    for (auto& sums : now.sums) sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
+    for (int unit = k_group; unit < units; unit += k_groups) {
+      auto add = [&](int j, int c, uint32_t product) {
+        const FixedRow row = factors[unit * ROWS + 8 * j + 2 * t + c % 2];
+        now.sums[j][c] += row.step * static_cast<float>(static_cast<int32_t>(problem.mul * product + row.part));
+      };
+      if constexpr (W::kByBits) {
+        barrier_wait(&full[slot], parity);
+        const uint64_t a_tile = swizzled_tile(ring + slot * kStageBytes);
+        // 8 bits of the numbers of 8 rows at a time, the higher ones first; while the next are multiplied, these are added up.
+        constexpr int kTurns = 2 * kEights;
+        int32_t counts[2][32];  // words 4 p ... of bit p or 8 + p
+        uint32_t products[4] = {};
+        auto multiply = [&](int turn, int32_t(&into)[32]) {
+          const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes) +
+                                  (turn / 2 * Kernel::kEightBytes + (1 - turn % 2) * (Kernel::kEightBytes / 2)) / 16;
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < 4; ++i) WgmmaBits::mma(into, a_tile + 2 * i, b_tile + 2 * i, i != 0);
+          wgmma_commit();
+        };
+        auto add_up = [&](int turn, int32_t(&of)[32]) {
+          wgmma_owned(of);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            uint32_t& product = products[c];
+            product = turn % 2 == 0 ? 0u - static_cast<uint32_t>(of[28 + c]) : 2 * product + static_cast<uint32_t>(of[28 + c]);
+#pragma unroll
+            for (int p = 6; p >= 0; --p) product = 2 * product + static_cast<uint32_t>(of[4 * p + c]);
+            if (turn % 2 == 1) add(turn / 2, c, product);
+          }
+        };
+        multiply(0, counts[0]);
+#pragma unroll
+        for (int turn = 1; turn < kTurns; ++turn) {
+          multiply(turn, counts[turn % 2]);
+          wgmma_wait<1>();
+          add_up(turn - 1, counts[(turn - 1) % 2]);
+        }
+        wgmma_wait<0>();
+        give_back();
+        add_up(kTurns - 1, counts[(kTurns - 1) % 2]);
+      } else {
+        int32_t accumulators[ROWS];
+        const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes);
+        auto multiply = [&](int quarter, const Words& words) {
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            WgmmaInt8::mma(accumulators, words[i], b_tile + quarter * (Kernel::kQuarterBytes / 16) + 2 * i, (quarter | i) != 0);
+          }
+          wgmma_commit();
+          wgmma_wait<1>();  // the products before these
+        };
+        multiply(0, even);
+        unpack(odd, 1);
+        multiply(1, odd);
+        unpack(even, 2);
+        multiply(2, even);
+        unpack(odd, 3);
+        multiply(3, odd);
+        if (unit + k_groups < units || tile + tile_stride < tiles) unpack(even, 0);
+        wgmma_wait<0>();
+        wgmma_owned(accumulators);
+#pragma unroll
+        for (int j = 0; j < kEights; ++j) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            add(j, c, 256 * static_cast<uint32_t>(accumulators[4 * j + c]) + static_cast<uint32_t>(accumulators[4 * (j + kEights) + c]));
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) {
+      const int part = warp * kEights + j, owner = part & (blocks - 1), sender = (rank << problem.k_groups_log2) + k_group;
+      if (owner == rank && k_group == 0) continue;
+      const int place = sender - (sender > owner << problem.k_groups_log2);
+      int4* const target = received + ((tile * senders + place) * own_parts + (part >> problem.cluster_log2)) * 32 + lane;
+      int32_t words[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) words[c] = __float_as_int(now.sums[j][c]);
+      if (owner == rank) {
+        *target = make_int4(words[0], words[1], words[2], words[3]);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&sent[tile]);
+      } else {
+        store_async(owner, target, words, &sent[tile]);
+      }
+    }
+    finish();
+    last = now;
+  }
+  finish();
+#else
+  __trap();  // the host launches this where Device::hopper_code alone
+#endif
+}
+
+// ---- host
+
+// Of a thread block.
+template <typename W, int ROWS>
+int64_t fixed_shared_bytes(int64_t units, int64_t slots, int64_t tiles, int64_t cluster, int64_t k_groups) {
+  using Kernel = FixedKernel<W, ROWS>;
+  const int64_t own_parts = (Kernel::kParts + cluster - 1) / cluster;
+  return units * (Kernel::kUnitBytes + Kernel::kFactorBytes) + kFixedGroups * slots * Kernel::kStageBytes +
+         tiles * (cluster * k_groups - 1) * own_parts * Kernel::kPartBytes + Kernel::kOtherBytes;
+}
+
+// False: no cluster has room for the columns of K.
+template <typename Mma, typename W, int ROWS>
+bool launch_fixed(const char* op, const Operand& w, FixedProblem problem, const Device& device, cudaStream_t stream) {
+  using Kernel = FixedKernel<W, ROWS>;
+  constexpr int64_t kMost = INT32_MAX / 4;  // rows beyond the last are reckoned with
+  const int64_t m = problem.output.m, n = problem.output.n, k = problem.k;
+  check(n <= kMost, op, ": expected n <= ", kMost, ", got ", n, "; split the columns");
+  auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t tiles = up(n, kWarpgroupColumns), units = up(k, W::kUnitColumns), groups = up(m, ROWS);
+
+  // Times in microseconds, measured on an H200: for all teams to make numbers of 8 rows of a unit each; of a unit of a tile by one
+  // warpgroup, and by all four; of sums on their way through a cluster; until the next wave of blocks is as far as that.
+  constexpr double kNumbersTime = W::kByBits ? 1.1 : 0.7, kSendTime = 0.3, kWaveTime = 2.0;
+  constexpr double kAloneTime = W::kByBits ? 0.2 + 0.2 * Kernel::kEights : 0.6;
+  constexpr double kTogetherTime = W::kByBits ? 0.6 * Kernel::kEights : 0.9 + 0.1 * Kernel::kEights;
+  double least = 0;
+  int64_t ranges = 0, shared = 0;
+  for (int log2 = 0; log2 <= 3; ++log2) {
+    const int64_t cluster = int64_t{1} << log2, most_units = up(units, cluster);
+    if (cluster > units) break;
+    // Not all multiprocessors find partners for clusters of more than two.
+    const int64_t at_once = std::max<int64_t>(1, (cluster > 2 ? device.sm_count * 10 / 11 : device.sm_count) / cluster);
+    for (int k_log2 = 0; k_log2 <= 2 && int64_t{1} << k_log2 <= most_units; ++k_log2) {
+      const int64_t k_groups = int64_t{1} << k_log2;
+      int64_t each = std::min<int64_t>(kFixedMostTiles, up(tiles, std::max<int64_t>(1, at_once / groups)));
+      int64_t slots = kFixedMostSlots;
+      auto bytes = [&] { return fixed_shared_bytes<W, ROWS>(most_units, slots, each, cluster, k_groups); };
+      while (bytes() > device.shared_bytes && slots > 2) --slots;
+      while (bytes() > device.shared_bytes && each > 1) --each;
+      if (bytes() > device.shared_bytes) continue;
+      const int64_t parts = up(tiles, each), waves = up(parts * groups, at_once);
+      const int64_t turns = up(each, kFixedGroups / k_groups) * up(most_units, k_groups);
+      const int64_t working = std::min<int64_t>(kFixedGroups, each * k_groups);
+      const double work = static_cast<double>(up(most_units * Kernel::kEights, Kernel::kTeams)) * kNumbersTime +
+                          static_cast<double>(turns) * std::max(kAloneTime, kTogetherTime * static_cast<double>(working) / kFixedGroups);
+      const double time = static_cast<double>(waves) * work + static_cast<double>(waves - 1) * kWaveTime +
+                          (cluster > 1    ? 2 * kSendTime
+                           : k_groups > 1 ? kSendTime
+                                          : 0);
+      if (ranges > 0 && time >= least) continue;
+      least = time, ranges = parts, shared = bytes();
+      problem.cluster_log2 = log2;
+      problem.k_groups_log2 = k_log2;
+      problem.slots = static_cast<int32_t>(slots);
+      problem.units = shares_of(units, cluster);
+    }
+  }
+  if (ranges == 0) return false;
+  problem.tiles = shares_of(tiles, ranges);
+  problem.row_groups = static_cast<int32_t>(groups);
+  const int64_t w_row_bytes = row_bytes(w.layout, k);
+  const CUtensorMap w_map =
+      tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.data,
+                 {{w_row_bytes, 1, W::kStageRowBytes}, {n, w_row_bytes, kWarpgroupColumns}, {W::kPlanes, n * w_row_bytes, W::kPlanes}},
+                 W::kByBits ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE);
+  const int cluster = 1 << problem.cluster_log2;
+  launch_with({cluster, true}, op, gemm_fixed_kernel<Mma, W, ROWS>, grid_of(op, ranges * groups * cluster), dim3(kFixedThreads),
+              static_cast<size_t>(shared), stream, w_map, problem);
+  return true;
+}
+
+}  // namespace quest::cuda
