@@ -148,7 +148,8 @@ Tensor weight_only(const char* op, const Tensor& x, const Tensor& w, const Tenso
   check_rank(op, "x", x, 1);
   const DType dtype = real_dtype(op, "x", x.scalar_type());
   const int64_t k = x.size(x.dim() - 1);
-  check(layout != Layout::kValues, op, ": expected a weight in layout codes, packed or planes, got values");
+  check(layout != Layout::kValues && layout != Layout::kEvenOdd, op, ": expected a weight in layout codes, packed or planes, got ",
+        to_string(layout));
   check_rank(op, "w", w, layout == Layout::kPlanes ? 3 : 2);
   check_dtype(op, "w", w, {ScalarType::Byte});
   const int64_t n = w.size(w.dim() - 2);

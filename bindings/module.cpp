@@ -177,5 +177,7 @@ PYBIND11_MODULE(_C, m) {
       "plan_operands", &plan_operands, py::arg("w_grid"), py::arg("a_grid"), py::arg("sparsity") = "none", py::arg("shape") = py::none(),
       "Family and operand layouts of a product, and why. a_grid None: weight-only. shape: (m, n, k), on which the layout of a may depend.");
   m.def("plan_tile", &plan_tile, py::arg("family"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("compute_capability") = 90,
-        py::arg("sm_count") = 132, "CUDA kernel and tile that a problem gets, and why.");
+        py::arg("sm_count") = 132,
+        "CUDA kernel and tile that a problem gets, and why. (weight_only: but for the products that Hopper's kernel of fixed-point numbers "
+        "takes.)");
 }

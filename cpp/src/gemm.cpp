@@ -257,7 +257,8 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
   const char* op = "gemm_weight_only";
   check_shape(op, m, n, k);
   check_grid(w.grid);
-  check(w.layout != Layout::kValues, op, ": expected w in layout codes, packed or planes, got values; use layout codes");
+  check(w.layout != Layout::kValues && w.layout != Layout::kEvenOdd, op, ": expected w in layout codes, packed or planes, got ",
+        to_string(w.layout), "; use layout codes");
   check(w.layout != Layout::kPacked || w.grid.bits <= 4, op, ": expected w of at most 4 bits in layout packed, got ", to_string(w.grid),
         "; use layout codes");
   check_index(op, w, false);

@@ -66,7 +66,7 @@ constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
 // Rows of real activations up to which fixed-point numbers of them are faster than a product with the dequantized weight, and weights from
 // which they are faster than rows in registers, where these take one turn. (Making them takes about 2 us.)
 constexpr int64_t kFixedRows = 256, kFixedWeights = int64_t{1} << 23;
-constexpr int64_t kFixedColumns = 16384;  // of which a cluster of thread blocks has room for the numbers
+constexpr int64_t kFixedColumns = 16384;  // of whose numbers a cluster of thread blocks has room for
 constexpr int32_t kHopper = 90;
 
 // Shared memory that a thread block can have.
@@ -261,8 +261,10 @@ bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k) {
     case Layout::kPlanes:
       if (weight.kind != GridKind::kInt || weight.bits > 3 || (weight.bits == 1 && plan_fixed_rows(m, k, kHopper) > 0)) return false;
       break;
-    default:
+    case Layout::kCodes:
       if (weight.kind == GridKind::kFp4 || k % 16 != 0) return false;
+      break;
+    default: return false;
   }
   return m <= kFixedRows && (m > plan_held(kHopper).rows || n * k >= kFixedWeights);
 }

@@ -3,7 +3,8 @@
 // A product of floats would widen each code of w to 16 bits, and a matrix instruction for few rows takes 13 cycles whatever its elements
 // are. Integers have more columns of K in one. A number is a/step, rounded, 16 bits in two's complement; step is the power of two for which
 // the largest magnitude in a unit of 512 or 1024 neighbouring columns of its row needs all of them. So bfloat16 of at least 2^-6 of the
-// largest are exact, and others are off by at most 2^-15 of it. It is 256 high + low, both of them int8: two digits; or it is 16 bits.
+// largest are exact, and others are off by about 2^-15 of it (by weights of 8 bits one bit more). It is 256 high + low, both of them int8:
+// two digits; or it is 16 bits.
 // These are rows of the instruction's right operand:
 //
 //   sum_k v_k a_k = step (mul (256 sum_k c_k high_k + sum_k c_k low_k) + add sum_k number_k)                       v = mul c + add
@@ -13,8 +14,8 @@
 //
 // Split of the work. A cluster of thread blocks has 8 or 16 rows of a and some neighbouring tiles of 64 rows of w; its blocks share K. Each
 // makes numbers of its columns, in shared memory and in the place of a. Of its four warpgroups, one, two or four share the units of a tile,
-// so that all have work. They send their sums to the block and the warpgroup that add them up (st.async), in a fixed order: one launch, no
-// atomics.
+// so that more of them have work. They send their sums to the block and the warpgroup that add them up (st.async), in a fixed order: one
+// launch, no atomics.
 //
 // The weight is the left operand. The copy engine brings 64 of its rows at a time to a ring of each warpgroup; one more warp starts the
 // copies, a lane for each warpgroup. (Where a thread of the warpgroup itself does it, the compiler no longer keeps descriptors in uniform
@@ -226,7 +227,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
       barrier_init(sent - kRingBarriers + i, i % (2 * kFixedMostSlots) < kFixedMostSlots ? 1 : kWarpgroup / 32);
     } else if (tile < tiles) {
       const int owned = (Kernel::kParts - rank + blocks - 1) >> problem.cluster_log2;
-      barrier_init(&sent[tile], 1 + owned * (k_groups - 1));  // this thread, and warps of this block; the bytes of others
+      barrier_init(&sent[tile], 1 + owned * (k_groups - 1) * 32);  // this thread, and lanes of this block; the bytes of others
       barrier_expect(&sent[tile], owned * (senders - (k_groups - 1)) * Kernel::kPartBytes);
     }
     barrier_init_fence();
@@ -541,8 +542,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
       for (int c = 0; c < 4; ++c) words[c] = __float_as_int(now.sums[j][c]);
       if (owner == rank) {
         *target = make_int4(words[0], words[1], words[2], words[3]);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&sent[tile]);
+        barrier_arrive(&sent[tile]);
       } else {
         store_async(owner, target, words, &sent[tile]);
       }
@@ -558,22 +558,10 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
 
 // ---- host
 
-// Of a thread block.
-template <typename W, int ROWS>
-int64_t fixed_shared_bytes(int64_t units, int64_t slots, int64_t tiles, int64_t cluster, int64_t k_groups) {
-  using Kernel = FixedKernel<W, ROWS>;
-  const int64_t own_parts = (Kernel::kParts + cluster - 1) / cluster;
-  return units * (Kernel::kUnitBytes + Kernel::kFactorBytes) + kFixedGroups * slots * Kernel::kStageBytes +
-         tiles * (cluster * k_groups - 1) * own_parts * Kernel::kPartBytes + Kernel::kOtherBytes;
-}
-
-// False: no cluster has room for the columns of K.
 template <typename Mma, typename W, int ROWS>
-bool launch_fixed(const char* op, const Operand& w, FixedProblem problem, const Device& device, cudaStream_t stream) {
+void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const Device& device, cudaStream_t stream) {
   using Kernel = FixedKernel<W, ROWS>;
-  constexpr int64_t kMost = INT32_MAX / 4;  // rows beyond the last are reckoned with
   const int64_t m = problem.output.m, n = problem.output.n, k = problem.k;
-  check(n <= kMost, op, ": expected n <= ", kMost, ", got ", n, "; split the columns");
   auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t tiles = up(n, kWarpgroupColumns), units = up(k, W::kUnitColumns), groups = up(m, ROWS);
 
@@ -591,12 +579,14 @@ bool launch_fixed(const char* op, const Operand& w, FixedProblem problem, const 
     const int64_t at_once = std::max<int64_t>(1, (cluster > 2 ? device.sm_count * 10 / 11 : device.sm_count) / cluster);
     for (int k_log2 = 0; k_log2 <= 2 && int64_t{1} << k_log2 <= most_units; ++k_log2) {
       const int64_t k_groups = int64_t{1} << k_log2;
+      // What is left beside the numbers: for a ring of at least two slots, then for what is received of each tile.
+      const int64_t room = device.shared_bytes - Kernel::kOtherBytes - most_units * (Kernel::kUnitBytes + Kernel::kFactorBytes);
+      const int64_t slot_bytes = kFixedGroups * Kernel::kStageBytes;
+      const int64_t tile_bytes = (cluster * k_groups - 1) * up(Kernel::kParts, cluster) * Kernel::kPartBytes;
+      if (room < 2 * slot_bytes + tile_bytes) continue;
       int64_t each = std::min<int64_t>(kFixedMostTiles, up(tiles, std::max<int64_t>(1, at_once / groups)));
-      int64_t slots = kFixedMostSlots;
-      auto bytes = [&] { return fixed_shared_bytes<W, ROWS>(most_units, slots, each, cluster, k_groups); };
-      while (bytes() > device.shared_bytes && slots > 2) --slots;
-      while (bytes() > device.shared_bytes && each > 1) --each;
-      if (bytes() > device.shared_bytes) continue;
+      const int64_t slots = std::clamp<int64_t>((room - each * tile_bytes) / slot_bytes, 2, kFixedMostSlots);
+      if (tile_bytes > 0) each = std::min(each, (room - slots * slot_bytes) / tile_bytes);
       const int64_t parts = up(tiles, each), waves = up(parts * groups, at_once);
       const int64_t turns = up(each, kFixedGroups / k_groups) * up(most_units, k_groups);
       const int64_t working = std::min<int64_t>(kFixedGroups, each * k_groups);
@@ -607,14 +597,14 @@ bool launch_fixed(const char* op, const Operand& w, FixedProblem problem, const 
                            : k_groups > 1 ? kSendTime
                                           : 0);
       if (ranges > 0 && time >= least) continue;
-      least = time, ranges = parts, shared = bytes();
+      least = time, ranges = parts, shared = device.shared_bytes - room + slots * slot_bytes + each * tile_bytes;
       problem.cluster_log2 = log2;
       problem.k_groups_log2 = k_log2;
       problem.slots = static_cast<int32_t>(slots);
       problem.units = shares_of(units, cluster);
     }
   }
-  if (ranges == 0) return false;
+  check(ranges > 0, op, ": expected room for the numbers of ", k, " columns in shared memory");  // plan_fixed has seen to it
   problem.tiles = shares_of(tiles, ranges);
   problem.row_groups = static_cast<int32_t>(groups);
   const int64_t w_row_bytes = row_bytes(w.layout, k);
@@ -625,7 +615,6 @@ bool launch_fixed(const char* op, const Operand& w, FixedProblem problem, const 
   const int cluster = 1 << problem.cluster_log2;
   launch_with({cluster, true}, op, gemm_fixed_kernel<Mma, W, ROWS>, grid_of(op, ranges * groups * cluster), dim3(kFixedThreads),
               static_cast<size_t>(shared), stream, w_map, problem);
-  return true;
 }
 
 }  // namespace quest::cuda

@@ -1,5 +1,5 @@
-// The products on Hopper's wgmma (gemm_wgmma.cuh, gemm_few.cuh, gemm_stationary.cuh), as the operations call them: instantiated in
-// kernels/gemm_*_wgmma.cu.
+// The products on Hopper's wgmma (gemm_wgmma.cuh, gemm_few.cuh, gemm_stationary.cuh, gemm_fixed.cuh), as the operations call them:
+// instantiated in kernels/gemm_*_wgmma.cu.
 //
 // Each runs the product and returns true if it can: on a GPU that has this code, for operands that the copy engine can read and whose
 // values follow from what is stored. Otherwise it does nothing and returns false.

@@ -1,7 +1,8 @@
 // gemm_weight_only: y = x (s_w level(c_w))^T + bias for real x. Codes are widened to x's type in registers, the row scale is applied to the
 // sum.
 //
-// bfloat16 and float16: tensor cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 or 8 at a time, or the tiled one of all
+// bfloat16 and float16: on Hopper most products of up to 256 rows take x as fixed-point numbers (gemm_weight_only_wgmma.cu). Others: tensor
+// cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 or 8 at a time, or the tiled one of all
 // families. Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them. At most 4 rows by one plane: x as 16
 // planes of fixed-point numbers, on the 1-bit tensor cores (gemm_skinny.cuh: FixedPlanes), where a weight takes no instruction to widen.
 // float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
@@ -190,7 +191,8 @@ __global__ __launch_bounds__(kRealThreads) void float32_kernel(const float* x, b
 
 LevelRows level_rows(const char* op, const Operand& w, int64_t n, int64_t k) {
   check_grid(w.grid);
-  check(w.layout != Layout::kValues, op, ": expected w in layout codes, packed or planes, got values; use layout codes");
+  check(w.layout != Layout::kValues && w.layout != Layout::kEvenOdd, op, ": expected w in layout codes, packed or planes, got ",
+        to_string(w.layout), "; use layout codes");
   check(w.layout != Layout::kPacked || w.grid.bits <= 4, op, ": expected w of at most 4 bits in layout packed, got ", to_string(w.grid),
         "; use layout codes");
   check(w.index == nullptr, op, ": expected w without a 4:8 index, got one; use gemm_sparse");

@@ -2,6 +2,7 @@
 // are integers.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -131,10 +132,12 @@ struct Shape {
 // most the sum of magnitudes; the levels of gauss are rounded to x's type once; the output is rounded to it once. Weights of integer
 // grids may meet x as fixed-point numbers that are off by 2^-15 of the row's largest, by those of 8 bits 2^-14 (plan_fixed,
 // plan_fixed_rows).
-inline void check_weight_only(Random& random, Grid grid, Layout layout, DType dtype, int64_t m, int64_t n, int64_t k, int64_t offset = 0) {
+inline void check_weight_only_of(Random& random, const std::vector<float>& values, const Matrix& w, DType dtype, int64_t m, int64_t n,
+                                 int64_t k, int64_t offset = 0) {
+  const Grid grid = w.host().grid;
+  const Layout layout = w.host().layout;
   SCOPED_TRACE(concat(to_string(grid), " (", to_string(layout), "), ", m, " x ", n, " x ", k, ", dtype ", static_cast<int>(dtype)));
-  const Matrix w(random, grid, layout, n, k);
-  const std::vector<uint8_t> x = to_dtype(random.normals(m * k), dtype);
+  const std::vector<uint8_t> x = to_dtype(values, dtype);
   const std::vector<float> bias = random.normals(n);
   std::vector<float> wide(m * k);
   for (int64_t i = 0; i < m * k; ++i) wide[i] = element(x, dtype, i);
@@ -169,6 +172,42 @@ inline void check_weight_only(Random& random, Grid grid, Layout layout, DType dt
                                std::abs(expected) * (rounding(dtype) * 1.01 + 0x1p-23) + 1e-6;
       ASSERT_NEAR(element(got, dtype, i * n + j), expected, tolerance) << "row " << i << ", column " << j;
     }
+  }
+}
+
+inline void check_weight_only(Random& random, Grid grid, Layout layout, DType dtype, int64_t m, int64_t n, int64_t k, int64_t offset = 0) {
+  const Matrix w(random, grid, layout, n, k);
+  check_weight_only_of(random, random.normals(m * k), w, dtype, m, n, k, offset);
+}
+
+// Of bfloat16, 8 rows and more: the largest sums that there are, of numbers with all bits, in both directions; rows of zeros, and of
+// numbers too small for a step of their own.
+inline void check_extremes(Random& random, Grid grid, Layout layout, int64_t m, int64_t n, int64_t k) {
+  constexpr float kAllBits = 255.0f * 0x1p-7f, kTiny = 0x1p-130f;
+  std::vector<float> x = random.normals(m * k);
+  const float rows[] = {kAllBits, -kAllBits, 0.0f, kTiny, 0x1p60f};
+  for (int64_t i = 0; i < m; ++i) {
+    const int64_t kind = i % 8;
+    for (int64_t j = 0; j < k && kind < 6; ++j) x[i * k + j] = kind < 5 ? rows[kind] : j % 2 == 0 ? kAllBits : -kAllBits;
+  }
+  for (const Fill fill : {Fill::kTop, Fill::kBottom, Fill::kRandom}) {
+    check_weight_only_of(random, x, Matrix(random, grid, layout, n, k, fill), DType::kBFloat16, m, n, k);
+  }
+}
+
+// Rows of x with a NaN or an infinity make rows of y of NaNs or infinities, and leave the others alone.
+inline void check_rows_without_numbers(Random& random, Grid grid, Layout layout, DType dtype, int64_t m, int64_t n, int64_t k) {
+  const Matrix w(random, grid, layout, n, k);
+  std::vector<float> x = random.normals(m * k);
+  const OnDevice<uint8_t> finite(to_dtype(x, dtype)), expected(m * n * 2), y(m * n * 2);
+  for (int64_t i = 1; i < m; i += 2) x[i * k + i * 7 % k] = i % 4 == 1 ? INFINITY : NAN;
+  const OnDevice<uint8_t> device_x(to_dtype(x, dtype));
+  cuda::gemm_weight_only(finite.data(), w.device(), nullptr, expected.data(), dtype, m, n, k, nullptr);
+  cuda::gemm_weight_only(device_x.data(), w.device(), nullptr, y.data(), dtype, m, n, k, nullptr);
+  const std::vector<uint8_t> right = expected.host(), got = y.host();
+  for (int64_t i = 0; i < m * n; ++i) {
+    const float value = element(got, dtype, i);
+    ASSERT_TRUE(i / n % 2 == 0 ? value == element(right, dtype, i) : !std::isfinite(value)) << i / n << ", " << i % n;
   }
 }
 

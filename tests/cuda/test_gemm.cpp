@@ -608,20 +608,21 @@ TEST_F(GemmWeightOnly, FixedPointIsExactForLargeNumbers) {
 
 TEST_F(GemmWeightOnly, RowsWithoutNumbersStayAlone) {
   Random random(25);
-  const int64_t m = 4, n = 40, k = 512;
-  const Matrix w(random, {GridKind::kInt, 1}, Layout::kPlanes, n, k);
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-    std::vector<float> x = random.normals(m * k);
-    const OnDevice<uint8_t> finite(testing::to_dtype(x, dtype)), expected(m * n * 2), y(m * n * 2);
-    x[k + 7] = INFINITY, x[3 * k] = NAN;
-    const OnDevice<uint8_t> device_x(testing::to_dtype(x, dtype));
-    cuda::gemm_weight_only(finite.data(), w.device(), nullptr, expected.data(), dtype, m, n, k, nullptr);
-    cuda::gemm_weight_only(device_x.data(), w.device(), nullptr, y.data(), dtype, m, n, k, nullptr);
-    const std::vector<uint8_t> right = expected.host(), got = y.host();
-    for (int64_t i = 0; i < m * n; ++i) {
-      const float value = testing::element(got, dtype, i);
-      const bool has_numbers = i / n % 2 == 0;
-      EXPECT_TRUE(has_numbers ? value == testing::element(right, dtype, i) : std::isnan(value)) << i;
+    for (const int64_t m : {4, 20}) {
+      check_rows_without_numbers(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 40, 512);
+      check_rows_without_numbers(random, {GridKind::kInt, 4}, Layout::kPacked, dtype, m, 40, 1544);
+    }
+  }
+}
+
+TEST_F(GemmWeightOnly, Extremes) {
+  Random random(28);
+  for (const int64_t m : {8, 24}) {
+    for (const int32_t bits : {1, 2, 3}) check_extremes(random, {GridKind::kInt, bits}, Layout::kPlanes, m, 70, 2048);
+    for (const Grid grid : {Grid{GridKind::kInt, 4}, Grid{GridKind::kFp4, 4}}) check_extremes(random, grid, Layout::kPacked, m, 70, 2048);
+    for (const Grid grid : {Grid{GridKind::kInt, 7}, Grid{GridKind::kInt, 8}, Grid{GridKind::kIntZero, 8}}) {
+      check_extremes(random, grid, Layout::kCodes, m, 70, 2048);
     }
   }
 }

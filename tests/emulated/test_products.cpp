@@ -30,8 +30,8 @@ TEST(Emulated, FewRows) {
   }
 }
 
-// Real activations as fixed-point numbers: one pass over K and several, whole and not; one block, two and four that share K; several tiles
-// a block, and groups of rows.
+// Real activations as fixed-point numbers: units that are whole and that are not; one block and several that share K, equally and not;
+// several tiles a block, and groups of rows.
 TEST(Emulated, FixedPoint) {
   Random random(2);
   struct Case {
@@ -46,6 +46,16 @@ TEST(Emulated, FixedPoint) {
     for (const Grid grid : {kInt4Grid, kFp4Grid}) check_weight_only(random, grid, Layout::kPacked, DType::kFloat16, s.m, s.n, s.k);
     check_weight_only(random, kInt8Grid, Layout::kCodes, DType::kBFloat16, s.m, s.n, s.k / 16 * 16);
   }
+}
+
+TEST(Emulated, FixedPointExtremes) {
+  emulated::multiprocessors = 4;
+  Random random(8);
+  for (const int32_t bits : {1, 2, 3}) check_extremes(random, {GridKind::kInt, bits}, Layout::kPlanes, 17, 66, 1024);
+  for (const Grid grid : {kInt4Grid, kFp4Grid}) check_extremes(random, grid, Layout::kPacked, 17, 66, 512);
+  for (const Grid grid : {Grid{GridKind::kInt, 7}, kInt8Grid}) check_extremes(random, grid, Layout::kCodes, 17, 66, 512);
+  check_rows_without_numbers(random, kInt1Grid, Layout::kPlanes, DType::kBFloat16, 18, 66, 1032);
+  check_rows_without_numbers(random, kInt4Grid, Layout::kPacked, DType::kFloat16, 18, 66, 1032);
 }
 
 // Real activations in registers: on older GPUs.

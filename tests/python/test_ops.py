@@ -249,6 +249,10 @@ BAD_CALLS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         lambda x: ops.gemm_weight_only(x, *ops.quantize(x, INT4, "values")[:2], "int4", "values", None),
         "gemm_weight_only: expected a weight in layout codes, packed or planes, got values",
     ),
+    "weight-only order": (
+        lambda x: ops.gemm_weight_only(x, *ops.quantize(x, INT4, "even_odd")[:2], "int4", "even_odd", None),
+        "gemm_weight_only: expected a weight in layout codes, packed or planes, got even_odd",
+    ),
     "linear rotations": (
         lambda x: torch.ops.quest.linear(x, "int4-none-trust", *packed_weight(x.device), None),
         "linear: the rotations of .* differ",
