@@ -99,7 +99,6 @@ __device__ __forceinline__ uint4 load_activation(const SkinnyRows& source, const
 
 // For SkinnyNibbles.
 struct StreamedNibbles {
-  static constexpr bool kResident = false;
   static constexpr int kPlanes = 1, kLaneBytes = 16, kTeamWarps = 4;
   uint4 loaded;
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
@@ -114,7 +113,6 @@ struct StreamedNibbles {
 // EVEN_ODD: for SkinnyNibbles.
 template <bool EVEN_ODD>
 struct StreamedBytes {
-  static constexpr bool kResident = false;
   static constexpr int kPlanes = 1, kLaneBytes = 32, kTeamWarps = 4;
   uint4 loaded[2];
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
@@ -143,7 +141,6 @@ struct SkinnyRow {
 // swap places in odd rows, so that eight lanes read 32 banks.
 template <typename Mma>
 struct FixedPlanes {
-  static constexpr bool kResident = true;
   static constexpr int kPlanes = kFixedPlanes, kSliceBytes = kFixedSliceBytes, kTeamWarps = 4;
 
   static __device__ __forceinline__ uint4 part(const uint8_t* shared, int row, int parity, int t, int part) {
@@ -267,8 +264,9 @@ struct SkinnyKernel {
   static constexpr int kRows = 8 * TILES_M, kOutputRows = kRows / A::kPlanes, kTeams = kSkinnyWarps / TEAM_WARPS,
                        kTeamThreads = 32 * TEAM_WARPS;
   static constexpr int kWeightSlice = 4 * W::kLaneBytes;
+  static constexpr bool kResident = A::kPlanes > 1;  // a lies in shared memory
   // Many rows of a would take all registers: they are loaded when they are needed, which is soon enough for what the first cache has.
-  static constexpr bool kLoadsAhead = !A::kResident && TILES_M <= 2;
+  static constexpr bool kLoadsAhead = !kResident && TILES_M <= 2;
   static constexpr int kSliceBytes = 2 * sizeof(W) + (kLoadsAhead ? TILES_M * sizeof(A) : 0);
   static constexpr int kDepth = std::min(W::kDepth, kLoadedBytes / kSliceBytes);
   static constexpr int kBuffers = TILES_M <= 2 ? 2 : 1;  // of sums: of a tile, and of the next
@@ -313,7 +311,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
 #pragma unroll
   for (int j = 0; j < TILES_M; ++j) a_offsets[j] = min(j * 8 + group, static_cast<int>(a_source.rows) - 1) * a_source.row_bytes;
   auto load_a = [&](auto& a, int slice) {
-    if constexpr (!A::kResident) {
+    if constexpr (!Kernel::kResident) {
 #pragma unroll
       for (int j = 0; j < TILES_M; ++j) a[j].load(a_source, a_source.data + a_offsets[j], (slice * 4 + t) * A::kLaneBytes);
     }
@@ -337,11 +335,11 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
   for (int d = 0; d < kDepth; ++d) {
     if (first_slice + d < last_slice) load(loaded[d], rows.top, rows.bottom, first_slice + d);
   }
-  if (!A::kResident && thread < kOutputRows) {  // the first barrier of the team comes before they are read
+  if (!Kernel::kResident && thread < kOutputRows) {  // the first barrier of the team comes before they are read
     const bool exists = thread < y.m;
     row_factors[thread] = {exists ? epilogue.row_scale(thread) : 0.0f, exists ? epilogue.row_part(thread, 0) : 0};
   }
-  if constexpr (A::kResident) {
+  if constexpr (Kernel::kResident) {
     A::template store<kRows>(a_source, slices, a_shared);
     __syncthreads();
     if (thread < kOutputRows) row_factors[thread] = A::template row_factors<kRows>(thread);
@@ -372,7 +370,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
 #pragma unroll
           for (int j = 0; j < TILES_M; ++j) {
             uint4 a_words;
-            if constexpr (A::kResident) {
+            if constexpr (Kernel::kResident) {
               a_words = A::part(a_shared, (slice + d) * kRows + j * 8 + group, group, t, part);
             } else if constexpr (Kernel::kLoadsAhead) {
               a_words = now.a[j].part(part);
@@ -393,7 +391,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
 
     if (Kernel::kBuffers == 1 && tile_n != first_n) team_barrier();  // the sums of the tile before have been read
     int32_t* const own = sums + buffer * Kernel::kBufferSums + warp * kOutputRows * kSumPitch;
-    if constexpr (A::kResident) {
+    if constexpr (Kernel::kResident) {
 #pragma unroll
       for (int m = 0; m < kOutputRows; ++m) {
         const uint2 combined = A::combine(accumulators, m);
@@ -461,7 +459,7 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
   auto run = [&](auto team_warps) {
     using Kernel = SkinnyKernel<Mma, W, A, TILES_M, team_warps()>;
     int64_t shared = Kernel::kSharedBytes;
-    if constexpr (A::kResident) shared += 8 * TILES_M * round_up(a.row_bytes / A::kPlanes, A::kSliceBytes);
+    if constexpr (A::kPlanes > 1) shared += 8 * TILES_M * round_up(a.row_bytes / A::kPlanes, A::kSliceBytes);
     launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, TILES_M, team_warps()>, dim3(static_cast<unsigned>(blocks)),
                 dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares_of(eights, blocks), epilogue);
   };
