@@ -66,7 +66,7 @@ constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
 // Rows of real activations up to which fixed-point numbers of them are faster than a product with the dequantized weight, and weights from
 // which they are faster than rows in registers, where these take one turn. (Making them takes about 2 us.)
 constexpr int64_t kFixedRows = 256, kFixedWeights = int64_t{1} << 23;
-constexpr int64_t kFixedColumns = 16384;  // of whose numbers a cluster of thread blocks has room for
+constexpr int64_t kFixedColumns = 16384;  // of K: the numbers of so many fit in the shared memory of a cluster
 constexpr int32_t kHopper = 90;
 
 // Shared memory that a thread block can have.

@@ -4,8 +4,7 @@
 // are. Integers have more columns of K in one. A number is a/step, rounded, 16 bits in two's complement; step is the power of two for which
 // the largest magnitude in a unit of 512 or 1024 neighbouring columns of its row needs all of them. So bfloat16 of at least 2^-6 of the
 // largest are exact, and others are off by about 2^-15 of it (by weights of 8 bits one bit more). It is 256 high + low, both of them int8:
-// two digits; or it is 16 bits.
-// These are rows of the instruction's right operand:
+// two digits; or it is 16 bits. These are rows of the instruction's right operand:
 //
 //   sum_k v_k a_k = step (mul (256 sum_k c_k high_k + sum_k c_k low_k) + add sum_k number_k)                       v = mul c + add
 //   sum_k v_k a_k = step (2 sum_p +-2^p popcount(bit_p(number) & c) - sum_k number_k)     (- for p = 15)           one bit: v = 2 c - 1
@@ -24,7 +23,7 @@
 // unpacking them is cheapest.
 //
 // What bounds it: making numbers, which every cluster does for itself (a bit of each of 32 numbers to a word: 300 instructions a lane), and
-// unpacking, both integer instructions, of which a multiprocessor does 64 a cycle. The tensor cores work in a third of the cycles.
+// unpacking, both integer instructions, of which a multiprocessor does 64 a cycle.
 #pragma once
 
 #include <algorithm>
@@ -76,10 +75,9 @@ struct FixedBit {
 struct FixedCodes {
   static constexpr bool kByBits = false;
   static constexpr int kUnitColumns = 512, kStageRowBytes = 64;
-};
-
-struct Place {
-  int eight, column;
+  struct Place {
+    int eight, column;
+  };
 };
 
 // Bit planes: every eighth column of 32 in a word. Codes end below the sign: most bits are shifted to the left, which is a multiplication

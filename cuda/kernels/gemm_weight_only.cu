@@ -2,9 +2,9 @@
 // sum.
 //
 // bfloat16 and float16: on Hopper most products of up to 256 rows take x as fixed-point numbers (gemm_weight_only_wgmma.cu). Others: tensor
-// cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 or 8 at a time, or the tiled one of all
-// families. Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them. At most 4 rows by one plane: x as 16
-// planes of fixed-point numbers, on the 1-bit tensor cores (gemm_skinny.cuh: FixedPlanes), where a weight takes no instruction to widen.
+// cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 or 8 at a time, or the tiled one of all families. Integer levels of
+// up to 8 bits are exact in both types; gauss levels are rounded to them. At most 4 rows by one plane: x as 16 planes of fixed-point
+// numbers, on the 1-bit tensor cores (gemm_skinny.cuh: FixedPlanes), where a weight takes no instruction to widen.
 // float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
 #include <cuda_fp16.h>
 

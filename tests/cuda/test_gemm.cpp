@@ -616,6 +616,18 @@ TEST_F(GemmWeightOnly, RowsWithoutNumbersStayAlone) {
   }
 }
 
+TEST_F(GemmWeightOnly, WholeNumbersAreExact) {
+  Random random(29);
+  for (const auto& [m, n, k] : {Shape{20, 200, 2056}, Shape{5, 4100, 2056}}) {
+    ASSERT_TRUE(plan_fixed({GridKind::kInt, 1}, Layout::kPlanes, m, n, k));
+    for (const int32_t bits : {1, 2, 3}) check_whole_numbers(random, {GridKind::kInt, bits}, Layout::kPlanes, DType::kBFloat16, m, n, k);
+    for (const Grid grid : {Grid{GridKind::kInt, 4}, Grid{GridKind::kFp4, 4}}) {
+      check_whole_numbers(random, grid, Layout::kPacked, DType::kBFloat16, m, n, k);
+    }
+    check_whole_numbers(random, {GridKind::kInt, 8}, Layout::kCodes, DType::kBFloat16, m, n, 2048);
+  }
+}
+
 TEST_F(GemmWeightOnly, Extremes) {
   Random random(28);
   for (const int64_t m : {8, 24}) {
