@@ -64,9 +64,10 @@ constexpr int64_t kPairedSteps = 8;
 // packed codes. (Elsewhere more than 16 rows are not measured.)
 constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
 // Rows of real activations up to which fixed-point numbers of them are faster than a product with the dequantized weight, and weights from
-// which they are faster than rows in registers, where these take one turn. (Making them takes about 2 us.)
+// which they are faster than rows in registers, where these take one turn. (Making them takes about 1 us.) 1-bit weights are multiplied as
+// they are, and then they are faster from the first.
 constexpr int64_t kFixedRows = 256, kFixedWeights = int64_t{1} << 23;
-constexpr int64_t kFixedColumns = 16384;  // of K: the numbers of so many fit in the shared memory of a cluster
+constexpr int64_t kFixedColumns = 16384, kFixedBitColumns = 32768;  // of K, whose numbers fit in the shared memory of a cluster
 constexpr int32_t kHopper = 90;
 
 // Shared memory that a thread block can have.
@@ -244,29 +245,20 @@ bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capabi
   return m <= plan_skinny_rows(family, k, compute_capability);
 }
 
-int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability) {
-  constexpr int32_t kMostRows = 4;
-  constexpr int64_t kMostColumns = 65536;  // of numbers below 2^15, whose sum fits int32
-  if (k == 0 || k > kMostColumns || m > kMostRows) return 0;
-  const int32_t rows = m <= 2 ? static_cast<int32_t>(m) : kMostRows;
-  const int64_t bytes = rows * kFixedPlanes * ((k / 8 + kFixedSliceBytes - 1) / kFixedSliceBytes * kFixedSliceBytes);
-  constexpr int64_t kOtherBytes = 6 * 1024;  // the sums of 16 warps, and what they leave of their shares of the rows
-  return bytes <= shared_bytes(compute_capability) - kOtherBytes ? rows : 0;
-}
-
 bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k) {
-  if (k == 0 || k % 8 != 0 || k > kFixedColumns || !has_values(weight)) return false;
+  const bool one_bit = layout == Layout::kPlanes && weight == Grid{GridKind::kInt, 1};
+  if (k == 0 || k % 8 != 0 || k > (one_bit ? kFixedBitColumns : kFixedColumns) || !has_values(weight)) return false;
   switch (layout) {
     case Layout::kPacked: break;
     case Layout::kPlanes:
-      if (weight.kind != GridKind::kInt || weight.bits > 3 || (weight.bits == 1 && plan_fixed_rows(m, k, kHopper) > 0)) return false;
+      if (weight.kind != GridKind::kInt || weight.bits > 3) return false;
       break;
     case Layout::kCodes:
       if (weight.kind == GridKind::kFp4 || k % 16 != 0) return false;
       break;
     default: return false;
   }
-  return m <= kFixedRows && (m > plan_held(kHopper).rows || n * k >= kFixedWeights);
+  return m <= kFixedRows && (one_bit || m > plan_held(kHopper).rows || n * k >= kFixedWeights);
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {

@@ -214,18 +214,6 @@ __device__ __forceinline__ uint2 plane_to_codes(uint32_t bits, int plane) {
   return make_uint2(low << plane, high << plane);
 }
 
-// The 8 x 8 bits of 8 bytes, transposed: bit i of byte p is bit p of byte i. Blocks of 1, 2, 4 bits swap places.
-__device__ __forceinline__ uint2 transpose_bits(uint2 bytes) {
-  auto swap = [](uint32_t word, int distance, uint32_t mask) {
-    const uint32_t different = (word ^ word >> distance) & mask;
-    return word ^ different ^ different << distance;
-  };
-  const uint32_t low = swap(swap(bytes.x, 7, 0x00AA00AAu), 14, 0x0000CCCCu);
-  const uint32_t high = swap(swap(bytes.y, 7, 0x00AA00AAu), 14, 0x0000CCCCu);
-  const uint32_t different = (low ^ high << 4) & 0xF0F0F0F0u;
-  return make_uint2(low ^ different, high ^ different >> 4);
-}
-
 __device__ __forceinline__ uint32_t byte_of(uint2 bytes, int i) { return (i < 4 ? bytes.x : bytes.y) >> (8 * (i % 4)) & 0xFFu; }
 
 __device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {

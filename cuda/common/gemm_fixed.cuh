@@ -11,10 +11,10 @@
 //
 // modulo 2^32, exact. The second takes more products, and no instruction to widen a weight.
 //
-// Split of the work. A cluster of thread blocks has 8 or 16 rows of a and some neighbouring tiles of 64 rows of w; its blocks share K. Each
-// makes numbers of its columns, in shared memory and in the place of a. Of its four warpgroups, one, two or four share the units of a tile,
-// so that more of them have work. They send their sums to the block and the warpgroup that add them up (st.async), in a fixed order: one
-// launch, no atomics.
+// Split of the work. A cluster of thread blocks has 8 or 16 rows of a (by bits also 1, 2 or 4) and some neighbouring tiles of 64 rows of w;
+// its blocks share K. Each makes numbers of its columns, in shared memory and in the place of a. Of its four warpgroups, one, two or four
+// share the units of a tile, so that more of them have work. They send their sums to the block and the warpgroup that add them up
+// (st.async), in a fixed order: one launch, and the same bits in every run.
 //
 // The weight is the left operand. The copy engine brings 64 of its rows at a time to a ring of each warpgroup; one more warp starts the
 // copies, a lane for each warpgroup. (Where a thread of the warpgroup itself does it, the compiler no longer keeps descriptors in uniform
@@ -22,8 +22,10 @@
 // both operands agree, so a lane's 16 bytes of w are the columns that it contributes, and the digits of a are laid down in the order that
 // unpacking them is cheapest.
 //
-// What bounds it: making numbers, which every cluster does for itself (a bit of each of 32 numbers to a word: 300 instructions a lane), and
-// unpacking, both integer instructions, of which a multiprocessor does 64 a cycle.
+// What bounds it: making numbers, which every cluster does for itself (a bit of each of 32 numbers to a word: 230 instructions a lane), and
+// unpacking, both integer instructions, of which a multiprocessor does 64 a cycle. At 8 x 12288 x 4096 with one bit (an H200, 5.0 us) a
+// block waits 0.5 us for a, looks for the largest magnitudes 0.25, makes bits 0.85, waits for w and the first instructions 0.3, multiplies
+// and adds up 1.0, sends and receives sums 0.3; the rest lies between kernels.
 #pragma once
 
 #include <algorithm>
@@ -56,15 +58,14 @@ struct FixedProblem {
   uint4 table;         // of nibbles that are looked up
   int32_t spare_bits;  // of a number, where 16 would be too many for the sum
   int32_t cluster_log2, k_groups_log2;
-  int32_t row_groups;   // of ROWS rows of a: neighbouring clusters have the same rows of w
   int32_t slots;        // of a ring
-  Shares tiles, units;  // of 64 rows of w, among the clusters of a group of rows; of K, among the blocks of a cluster
+  Shares tiles, units;  // of 64 rows of w, among the clusters of a group of rows of a; of K, among the blocks of a cluster
 };
 
 // ---- one bit, multiplied where it lies
 struct FixedBit {
   static constexpr bool kByBits = true;
-  static constexpr int kUnitColumns = 1024, kStageRowBytes = 128;
+  static constexpr int kUnitColumns = 1024, kStageRowBytes = 128, kPrefetched = 0;
   static constexpr int kPieces = 1, kPlanes = 1, kShift = 0;
   static __device__ __forceinline__ int column(int warp, int t, int eight) { return 128 * warp + 32 * t + 8 * eight; }
 };
@@ -74,7 +75,7 @@ struct FixedBit {
 // are, `source` which of them is byte i of word k of the quarter. The words are 2^kShift u.
 struct FixedCodes {
   static constexpr bool kByBits = false;
-  static constexpr int kUnitColumns = 512, kStageRowBytes = 64;
+  static constexpr int kUnitColumns = 512, kStageRowBytes = 64, kPrefetched = 2;
   struct Place {
     int eight, column;
   };
@@ -135,15 +136,15 @@ struct FixedBytes : FixedCodes {
   static constexpr __device__ Place source(int k, int i) { return {k / 2, 4 * (k % 2) + i}; }
 };
 
-// The 8 x 8 bits of the same byte of words 0 ... 7, transposed, and of words 8 ... 15. Blocks of 4, 2 bits and bits swap places.
-__device__ __forceinline__ void transpose_bytes(uint32_t (&words)[16]) {
+// The 8 x 8 bits of the same byte of all words, transposed. Blocks of 4, 2 bits and bits swap places.
+__device__ __forceinline__ void transpose_bytes(uint32_t (&words)[8]) {
   auto stage = [&](auto distance, uint32_t low) {
     constexpr int kDistance = decltype(distance)::value;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < 8; ++i) {
       if (i & kDistance) continue;
       uint32_t &a = words[i], &b = words[i + kDistance];
-      const uint32_t lower = (a & low) | (b << kDistance & ~low), upper = (a >> kDistance & low) | (b & ~low);
+      const uint32_t lower = select_bits(low, a, b << kDistance), upper = select_bits(low, a >> kDistance, b);
       a = lower, b = upper;
     }
   };
@@ -162,19 +163,21 @@ struct FixedRow {
 // their way to numbers; barriers.
 template <typename W, int ROWS>
 struct FixedKernel {
-  static constexpr int kEights = ROWS / 8;
-  static constexpr int kUnitBytes = ROWS * W::kUnitColumns * 2;  // digits, or bits, or a itself
-  static constexpr int kQuarterBytes = 2 * ROWS * 128;           // of digits
-  static constexpr int kEightBytes = 8 * W::kUnitColumns * 2;    // of bits
+  static constexpr int kTurnRows = ROWS < 8 ? ROWS : 8, kEights = ROWS / kTurnRows;  // of a, that become numbers together
+  static constexpr int kUnitBytes = ROWS * W::kUnitColumns * 2;                      // digits, or bits, or a itself
+  static constexpr int kQuarterBytes = 2 * ROWS * 128;                               // of digits
+  static constexpr int kEightBytes = kTurnRows * W::kUnitColumns * 2;                // of bits
   static constexpr int kPlaneBytes = kWarpgroupColumns * W::kStageRowBytes, kStageBytes = W::kPlanes * kPlaneBytes;
-  static constexpr int kTeamWarps = W::kUnitColumns / 128, kTeams = kFixedGroups * 4 / kTeamWarps;  // that make numbers of 8 rows of a unit
+  static constexpr int kTeamWarps = W::kUnitColumns * kTurnRows / 1024;  // that make the numbers of kTurnRows rows of a unit
+  static constexpr int kTeams = kFixedGroups * 4 / kTeamWarps;
+  static constexpr int kEarlySlots = W::kByBits ? (ROWS <= 4 ? 1 : 0) : 4;  // of w, that are asked for before a is there
+  static_assert(W::kByBits || kTurnRows == 8, "digits come in tiles of 8 rows");
   static constexpr int kParts = 4 * kEights;  // of a tile: the sums of a warp with 8 rows. Blocks own them in turn.
   static constexpr int kPartBytes = 32 * 16;
   static constexpr int kFactorBytes = ROWS * static_cast<int>(sizeof(FixedRow));
-  // Of a warp's columns of 8 rows: the largest magnitude and the sum of the numbers. A team's turns alternate.
+  // Of a warp's columns of each row: the largest magnitude. A team's turns alternate.
   struct Left {
-    uint32_t largest[2][8][kTeamWarps];
-    int32_t total[2][8][kTeamWarps];
+    alignas(8) uint16_t largest[2][kTurnRows][kTeamWarps];
   };
   static constexpr int kLeftBytes = kTeams * static_cast<int>(sizeof(Left));
   static constexpr int kBarrierBytes = (2 * kFixedGroups * kFixedMostSlots + kFixedMostTiles) * 8;
@@ -191,8 +194,8 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   const int warpgroup = warpgroup_index(), warp = warp_index(), lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
 
   const int blocks = 1 << problem.cluster_log2, k_groups = 1 << problem.k_groups_log2;
-  const int cluster = static_cast<int>(blockIdx.x) >> problem.cluster_log2, rank = static_cast<int>(blockIdx.x) & (blocks - 1);
-  const int range = cluster / problem.row_groups, first_row = (cluster - range * problem.row_groups) * ROWS;
+  const int rank = static_cast<int>(blockIdx.x) & (blocks - 1), range = static_cast<int>(blockIdx.y);
+  const int first_row = (static_cast<int>(blockIdx.x) >> problem.cluster_log2) * ROWS;
   const int rows = min(ROWS, static_cast<int>(y.m) - first_row);
   const int first_n = problem.tiles.first(range) * kWarpgroupColumns;
   const int tiles = problem.tiles.first(range + 1) - problem.tiles.first(range);
@@ -217,45 +220,69 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   uint64_t* const empty = full + kFixedMostSlots;
   uint64_t* const sent = reinterpret_cast<uint64_t*>(shared) + kFixedGroups * 2 * kFixedMostSlots;  // of each tile: all senders have
 
-  // A thread each: this is done before the first byte is asked for.
-  constexpr int kRingBarriers = kFixedGroups * 2 * kFixedMostSlots;
-  if (threadIdx.x < kRingBarriers + kFixedMostTiles) {
-    const int i = threadIdx.x, tile = i - kRingBarriers;
-    if (tile < 0) {
-      barrier_init(sent - kRingBarriers + i, i % (2 * kFixedMostSlots) < kFixedMostSlots ? 1 : kWarpgroup / 32);
-    } else if (tile < tiles) {
+  // What a lane of the copier copies, one after another, for its warpgroup: 64 rows of w at a time.
+  struct Box {
+    int tile, unit, piece;
+  };
+  auto first_box = [&] { return Box{lane >> problem.k_groups_log2, lane & (k_groups - 1), 0}; };
+  auto exists = [&](const Box& box) { return lane < kFixedGroups && box.tile < tiles && box.unit < units; };
+  auto step = [&](Box& box) {
+    if (++box.piece < kPieces) return;
+    box.piece = 0;
+    box.unit += k_groups;
+    if (box.unit >= units) box.unit = lane & (k_groups - 1), box.tile += tile_stride;
+  };
+  auto column_of = [&](const Box& box) { return ((first_unit + box.unit) * kPieces + box.piece) * W::kStageRowBytes; };
+  auto row_of = [&](const Box& box) { return first_n + box.tile * kWarpgroupColumns; };
+
+  // One lane of each warp, of whose barriers all lanes know the place: for places that differ the compiler makes a loop over the lanes.
+  if (warpgroup < kFixedGroups) {
+    if (lane == 0) {
+#pragma unroll
+      for (int slot = warp; slot < kFixedMostSlots; slot += 4) {
+        if (slot >= problem.slots) break;
+        barrier_init(&full[slot], 1);  // the copier, and the bytes
+        barrier_init(&empty[slot], kWarpgroup / 32);
+      }
       const int owned = (Kernel::kParts - rank + blocks - 1) >> problem.cluster_log2;
-      barrier_init(&sent[tile], 1 + owned * (k_groups - 1) * 32);  // this thread, and lanes of this block; the bytes of others
-      barrier_expect(&sent[tile], owned * (senders - (k_groups - 1)) * Kernel::kPartBytes);
+#pragma unroll 1
+      for (int tile = warpgroup * 4 + warp; tile < tiles; tile += kFixedGroups * 4) {
+        barrier_init(&sent[tile], 1 + owned * (k_groups - 1) * 32);  // this thread, and lanes of this block; the bytes of others
+        barrier_expect(&sent[tile], owned * (senders - (k_groups - 1)) * Kernel::kPartBytes);
+      }
+      barrier_init_fence();
     }
-    barrier_init_fence();
-  } else if (threadIdx.x == kFixedThreads - 1) {
-    prefetch_tensor_map(&w_map);
+  } else {
+    if (lane == 0) prefetch_tensor_map(&w_map);
+    // To the second cache w may come before the kernel before this one has ended: whatever that writes, goes through it.
+    Box box = first_box();
+    for (int i = 0; i < W::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch(&w_map, column_of(box), row_of(box), 0);
   }
   __syncthreads();
   if (blocks > 1) cluster_arrive_relaxed();
   wait_for_prerequisites();
 
   if (warpgroup == kFixedGroups) {
-    if (lane < kFixedGroups) {
-      const int first_unit_of_group = lane & (k_groups - 1);
-      int tile = lane >> problem.k_groups_log2, unit = first_unit_of_group, piece = 0, slot = 0;
-      uint32_t parity = 1;
-      uint8_t* const group_ring = ring + (lane - kFixedGroups) * problem.slots * kStageBytes;
-      uint64_t* const group_full = full + (lane - kFixedGroups) * 2 * kFixedMostSlots;
-      while (tile < tiles && unit < units) {
-        if (!barrier_test(&group_full[kFixedMostSlots + slot], parity)) {
-          __nanosleep(20);  // asking takes turns from warps that multiply
-          continue;
-        }
-        barrier_expect(&group_full[slot], kStageBytes);
-        tensor_load<false>(group_ring + slot * kStageBytes, &w_map, &group_full[slot],
-                           ((first_unit + unit) * kPieces + piece) * W::kStageRowBytes, first_n + tile * kWarpgroupColumns, 0, 0);
-        if (++slot == problem.slots) slot = 0, parity ^= 1;
-        if (++piece < kPieces) continue;
-        piece = 0;
-        unit += k_groups;
-        if (unit >= units) unit = first_unit_of_group, tile += tile_stride;
+    Box box = first_box();
+    int slot = 0;
+    uint32_t parity = 1;
+    uint8_t* const group_ring = ring + (lane - kFixedGroups) * problem.slots * kStageBytes;
+    uint64_t* const group_full = full + (lane - kFixedGroups) * 2 * kFixedMostSlots;
+    auto copy = [&] {
+      barrier_expect(&group_full[slot], kStageBytes);
+      tensor_load<false>(group_ring + slot * kStageBytes, &w_map, &group_full[slot], column_of(box), row_of(box), 0, 0);
+      if (++slot == problem.slots) slot = 0, parity ^= 1;
+      step(box);
+    };
+    // Behind a ring of w, a would come up to 1 us later.
+    for (int i = 0; i < min(Kernel::kEarlySlots, problem.slots) && exists(box); ++i) copy();
+    __syncwarp();
+    named_barrier(2, 32 * Kernel::kTeamWarps + 32);  // a is there
+    while (exists(box)) {
+      if (barrier_test(&group_full[kFixedMostSlots + slot], parity)) {
+        copy();
+      } else {
+        __nanosleep(20);  // asking takes turns from warps that multiply
       }
     }
     __syncwarp();
@@ -263,53 +290,65 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     return;
   }
 
-  // From a to numbers, in its place. A team of warps has 8 rows of a unit, a lane 32 columns of one of them.
+  // From a to numbers, in its place. A team of warps has 8 rows of a unit, or fewer, and a lane 32 columns of one of them. (16, so that
+  // twice the warps have work: no faster. What takes long is the same for a lane, whatever it has.)
+  constexpr int kTurnRows = Kernel::kTurnRows, kRowLanes = 32 / kTurnRows;
   constexpr int kTeamWarps = Kernel::kTeamWarps, kTeamThreads = 32 * kTeamWarps, kTeams = Kernel::kTeams;
   const int team = threadIdx.x / kTeamThreads, team_warp = threadIdx.x % kTeamThreads / 32, turns = units * kEights;
-  const int row_of_eight = lane % 8, fourth = lane / 8;
+  const int turn_row = lane % kTurnRows, place_in_row = team_warp * kRowLanes + lane / kTurnRows;
   auto& team_left = left[team];
+  auto team_barrier = [&](int others) {
+    if (kTeamWarps == 1 && others == 0) {
+      __syncwarp();
+    } else {
+      named_barrier(2 + team, kTeamThreads + others);
+    }
+  };
   // Where a turn's 64 columns from 64 `block` on are.
   auto place_of = [&](int turn, int block) {
     const int unit = turn / kEights, eight = turn % kEights;
     uint8_t* const place = numbers + unit * Kernel::kUnitBytes;
-    return W::kByBits ? place + eight * Kernel::kEightBytes + block * 8 * 128 : place + (block * ROWS + eight * 8) * 128;
+    return W::kByBits ? place + eight * Kernel::kEightBytes + block * kTurnRows * 128 : place + (block * ROWS + eight * 8) * 128;
   };
+  auto factors_of = [&](int turn) { return factors + turn / kEights * ROWS + turn % kEights * 8; };
   for (int turn = team; turn < turns; turn += kTeams) {
-    const int thread = threadIdx.x % kTeamThreads, eights = W::kUnitColumns / 8;
+    const int thread = threadIdx.x % kTeamThreads;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = (thread + i * kTeamThreads) / eights, chunk = thread % eights;  // neighbouring threads: neighbouring columns
+      constexpr int kChunks = W::kUnitColumns / 8;  // neighbouring threads: neighbouring columns
+      const int row = (thread + i * kTeamThreads) / kChunks, chunk = (thread + i * kTeamThreads) % kChunks;
       const int m = turn % kEights * 8 + row, column = (first_unit + turn / kEights) * W::kUnitColumns + chunk * 8;
       cp_async_16(place_of(turn, chunk / 8) + row * 128 + (chunk % 8 ^ row) * 16,
                   problem.x + 2 * (static_cast<int64_t>(first_row + m) * problem.k + column), m < rows && column < problem.k);
     }
+    if (thread < kTurnRows) factors_of(turn)[thread].part = 0;
   }
   cp_async_commit();
   cp_async_wait<0>();
-  named_barrier(2 + team, kTeamThreads);
+  team_barrier(team == 0 ? 32 : 0);  // the first team's with the copier
   for (int turn = team; turn < turns; turn += kTeams) {
-    auto& largest = team_left.largest[turn / kTeams % 2];
-    auto& total = team_left.total[turn / kTeams % 2];
+    auto& largest = team_left.largest[turn / kTeams % 2][turn_row];
     uint4 x[4] = {};
     uint32_t most = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int chunk = W::column(team_warp, fourth, i) / 8;
-      x[i] = *reinterpret_cast<const uint4*>(place_of(turn, chunk / 8) + row_of_eight * 128 + (chunk % 8 ^ row_of_eight) * 16);
+      const int chunk = W::column(place_in_row / 4, place_in_row % 4, i) / 8;
+      x[i] = *reinterpret_cast<const uint4*>(place_of(turn, chunk / 8) + turn_row * 128 + (chunk % 8 ^ turn_row) * 16);
       const uint32_t low = __vmaxu2(x[i].x & 0x7FFF7FFFu, x[i].y & 0x7FFF7FFFu);
       const uint32_t high = __vmaxu2(x[i].z & 0x7FFF7FFFu, x[i].w & 0x7FFF7FFFu);
       most = __vmaxu2(most, __vmaxu2(low, high));
     }
-    most = __vmaxu2(most, __shfl_xor_sync(0xFFFFFFFFu, most, 8));
-    most = __vmaxu2(most, __shfl_xor_sync(0xFFFFFFFFu, most, 16));
-    if (fourth == 0) largest[row_of_eight][team_warp] = max(most & 0xFFFFu, most >> 16);
-    named_barrier(2 + team, kTeamThreads);  // and all of a has been read
-    uint32_t most_bits = 0;
 #pragma unroll
-    for (int i = 0; i < kTeamWarps; i += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(&largest[row_of_eight][i]);
-      most_bits = max(most_bits, max(max(four.x, four.y), max(four.z, four.w)));
+    for (int lanes = kTurnRows; lanes < 32; lanes *= 2) most = __vmaxu2(most, __shfl_xor_sync(0xFFFFFFFFu, most, lanes));
+    if (kTeamWarps > 1 && lane < kTurnRows) largest[team_warp] = static_cast<uint16_t>(max(most & 0xFFFFu, most >> 16));
+    team_barrier(0);  // and all of a has been read
+    if constexpr (kTeamWarps > 1) {
+      const uint32_t* const pairs = reinterpret_cast<const uint32_t*>(largest);
+      most = pairs[0];
+#pragma unroll
+      for (int i = 1; i < kTeamWarps / 2; ++i) most = __vmaxu2(most, pairs[i]);
     }
+    const uint32_t most_bits = max(most & 0xFFFFu, most >> 16);
     // The exponent of step + 14, as in a float; not so small that a step has none. (Two digits make at most 32639.)
     const float magnitude = Mma::to_float(most_bits);
     constexpr float kRoom = W::kByBits ? 1.0f : 1.00395f;
@@ -321,28 +360,30 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     };
     uint32_t sum = 0;
     if constexpr (W::kByBits) {
-      // Of the numbers i, i + 8, i + 16, i + 24 the low bytes in word i and the high ones in word 8 + i; then bits.
-      uint32_t words[16], low_sum = 0;
-      int32_t high_sum = 0;
+      // Of the numbers i and i + 8 of 16 the low bytes and the high ones in word i; then of their bits p and p + 8 in word p. As integers,
+      // floats with kIntegerFloat are numbers with that as one.
+      uint32_t words[2][8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        uint32_t four[4];
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) four[j] = number(j, i, kIntegerFloat);
-        const uint32_t first = __byte_perm(four[0], four[1], 0x5140), second = __byte_perm(four[2], four[3], 0x5140);
-        words[i] = __byte_perm(first, second, 0x5410);
-        words[8 + i] = __byte_perm(first, second, 0x7632);
-        low_sum = __dp4a(words[i], 0x01010101u, low_sum);
-        high_sum = __dp4a(static_cast<int32_t>(words[8 + i]), 0x01010101, high_sum);
+        for (int i = 0; i < 8; ++i) {
+          const uint32_t first = number(2 * half, i, kIntegerFloat), second = number(2 * half + 1, i, kIntegerFloat);
+          words[half][i] = __byte_perm(first, second, 0x5140);
+          sum += first + second;
+        }
+        transpose_bytes(words[half]);
       }
-      sum = 256 * static_cast<uint32_t>(high_sum) + low_sum;
-      transpose_bytes(words);
-      uint8_t* const place = place_of(turn, 0) + row_of_eight * 128 + (team_warp ^ row_of_eight) * 16 + fourth * 4;
+      sum -= 32 * __float_as_uint(kIntegerFloat);
 #pragma unroll
-      for (int i = 0; i < 16; ++i) *reinterpret_cast<uint32_t*>(place + i * 8 * 128) = words[i];
+      for (int p = 0; p < 8; ++p) {
+        const int row = p * kTurnRows + turn_row;
+        uint8_t* const place = place_of(turn, 0) + row * 128 + (place_in_row / 4 ^ row % 8) * 16 + place_in_row % 4 * 4;
+        *reinterpret_cast<uint32_t*>(place) = __byte_perm(words[0][p], words[1][p], 0x5410);
+        *reinterpret_cast<uint32_t*>(place + 8 * kTurnRows * 128) = __byte_perm(words[0][p], words[1][p], 0x7632);
+      }
     } else {
       uint8_t* const place = numbers + turn / kEights * Kernel::kUnitBytes + team_warp * Kernel::kQuarterBytes +
-                             (turn % kEights * 8 + row_of_eight) * 128 + fourth * 4;
+                             (turn % kEights * 8 + turn_row) * 128 + lane / 8 * 4;
       int32_t high_sum = 0, low_sum = 0;
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
@@ -354,22 +395,18 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
         const uint32_t high = __byte_perm(first, second, 0x7632), low = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
         high_sum = __dp4a(static_cast<int32_t>(high), 0x01010101, high_sum);
         low_sum = __dp4a(static_cast<int32_t>(low), 0x01010101, low_sum);
-        *reinterpret_cast<uint32_t*>(place + (k ^ row_of_eight) * 16) = high;
-        *reinterpret_cast<uint32_t*>(place + (k ^ row_of_eight) * 16 + ROWS * 128) = low;
+        *reinterpret_cast<uint32_t*>(place + (k ^ turn_row) * 16) = high;
+        *reinterpret_cast<uint32_t*>(place + (k ^ turn_row) * 16 + ROWS * 128) = low;
       }
       sum = static_cast<uint32_t>(256 * high_sum + low_sum);
     }
-    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 8);
-    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 16);
-    if (fourth == 0) total[row_of_eight][team_warp] = static_cast<int32_t>(sum);
-    named_barrier(2 + team, kTeamThreads);
-    if (threadIdx.x % kTeamThreads < 8) {  // the lanes of the 8 rows
-      uint32_t all = 0;
 #pragma unroll
-      for (int i = 0; i < kTeamWarps; ++i) all += static_cast<uint32_t>(total[row_of_eight][i]);
+    for (int lanes = kTurnRows; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+    if (lane < kTurnRows) {
+      FixedRow& row = factors_of(turn)[lane];
       // A row with a NaN or an infinity has no step.
-      factors[turn / kEights * ROWS + turn % kEights * 8 + row_of_eight] = {
-          magnitude <= kLargestFloat ? __uint_as_float((exponent - 14 - W::kShift) << 23) : NAN, (problem.add << W::kShift) * all};
+      if (team_warp == 0) row.step = magnitude <= kLargestFloat ? __uint_as_float((exponent - 14 - W::kShift) << 23) : NAN;
+      atomicAdd(&row.part, (problem.add << W::kShift) * sum);
     }
   }
 
@@ -411,11 +448,10 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   };
 
   // A tile whose sums are on their way: what this warpgroup has of them, and the scales and biases of a lane's two columns.
-  struct Tile {
+  struct {
     int index;
     float sums[kEights][4], scale[2], bias[2];
-  };
-  Tile last;
+  } last;
   last.index = -1;
   auto finish = [&] {
     if (last.index < 0 || k_group > 0) return;
@@ -447,57 +483,54 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   named_barrier(1, kFixedGroups * kWarpgroup);  // all numbers are there
   if (blocks > 1) cluster_wait();               // for the other blocks' barriers
   for (int tile = first_tile; tile < tiles; tile += tile_stride) {
-    Tile now;
-    now.index = tile;
+    float sums[kEights][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int n = min(first_n + tile * kWarpgroupColumns + warp * 16 + group + 8 * half, static_cast<int>(y.n) - 1);
-      now.scale[half] = problem.w_scale[n];
-      now.bias[half] = y.bias != nullptr ? y.bias[n] : 0.0f;
-    }
-#pragma unroll
-    for (auto& sums : now.sums) sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
+    for (auto& four : sums) four[0] = four[1] = four[2] = four[3] = 0.0f;
     for (int unit = k_group; unit < units; unit += k_groups) {
       auto add = [&](int j, int c, uint32_t product) {
-        const FixedRow row = factors[unit * ROWS + 8 * j + 2 * t + c % 2];
-        now.sums[j][c] += row.step * static_cast<float>(static_cast<int32_t>(problem.mul * product + row.part));
+        const FixedRow row = factors[unit * ROWS + 8 * j + (2 * t + c % 2) % kTurnRows];
+        sums[j][c] += row.step * static_cast<float>(static_cast<int32_t>(problem.mul * product + row.part));
       };
       if constexpr (W::kByBits) {
         barrier_wait(&full[slot], parity);
         const uint64_t a_tile = swizzled_tile(ring + slot * kStageBytes);
-        // 8 bits of the numbers of 8 rows at a time, the higher ones first; while the next are multiplied, these are added up.
-        constexpr int kTurns = 2 * kEights;
-        int32_t counts[2][32];  // words 4 p ... of bit p or 8 + p
-        uint32_t products[4] = {};
-        auto multiply = [&](int turn, int32_t(&into)[32]) {
-          const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes) +
-                                  (turn / 2 * Kernel::kEightBytes + (1 - turn % 2) * (Kernel::kEightBytes / 2)) / 16;
+        // All bits of the numbers of 8 rows, or fewer, at a time. While they are added up, other warpgroups multiply.
+#pragma unroll
+        for (int j = 0; j < kEights; ++j) {
+          const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes + j * Kernel::kEightBytes);
+          int32_t counts[8 * kTurnRows];
           wgmma_fence();
 #pragma unroll
-          for (int i = 0; i < 4; ++i) WgmmaBits::mma(into, a_tile + 2 * i, b_tile + 2 * i, i != 0);
+          for (int i = 0; i < 4; ++i) WgmmaBits::mma(counts, a_tile + 2 * i, b_tile + 2 * i, i != 0);
           wgmma_commit();
-        };
-        auto add_up = [&](int turn, int32_t(&of)[32]) {
-          wgmma_owned(of);
+          wgmma_wait<0>();
+          wgmma_owned(counts);
+          if (j + 1 == kEights) give_back();
+          // Columns are kTurnRows bit + row: of 8 rows a lane has all bits, of fewer those with the numbers kStep i + `first`.
+          constexpr int kStep = 8 / kTurnRows, kBits = 16 / kStep;
+          uint32_t products[4];
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            uint32_t& product = products[c];
-            product = turn % 2 == 0 ? 0u - static_cast<uint32_t>(of[28 + c]) : 2 * product + static_cast<uint32_t>(of[28 + c]);
+            const int first = (2 * t + c % 2) / kTurnRows;
+            uint32_t product = static_cast<uint32_t>(counts[4 * (kBits - 1) + c]);
+            if (first == kStep - 1) product = 0u - product;
 #pragma unroll
-            for (int p = 6; p >= 0; --p) product = 2 * product + static_cast<uint32_t>(of[4 * p + c]);
-            if (turn % 2 == 1) add(turn / 2, c, product);
+            for (int i = kBits - 2; i >= 0; --i) product = (product << kStep) + static_cast<uint32_t>(counts[4 * i + c]);
+            products[c] = product << first;
           }
-        };
-        multiply(0, counts[0]);
+          if constexpr (kTurnRows == 1) {
+            products[0] += products[1], products[1] = products[0];
+            products[2] += products[3], products[3] = products[2];
+          }
 #pragma unroll
-        for (int turn = 1; turn < kTurns; ++turn) {
-          multiply(turn, counts[turn % 2]);
-          wgmma_wait<1>();
-          add_up(turn - 1, counts[(turn - 1) % 2]);
+          for (int c = 0; c < 4; ++c) {
+#pragma unroll
+            for (int lanes = kTurnRows / 2 > 0 ? kTurnRows / 2 : 1; lanes < 4; lanes *= 2) {
+              products[c] += __shfl_xor_sync(0xFFFFFFFFu, products[c], lanes);
+            }
+            add(j, c, products[c]);
+          }
         }
-        wgmma_wait<0>();
-        give_back();
-        add_up(kTurns - 1, counts[(kTurns - 1) % 2]);
       } else {
         int32_t accumulators[ROWS];
         const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes);
@@ -537,7 +570,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
       int4* const target = received + ((tile * senders + place) * own_parts + (part >> problem.cluster_log2)) * 32 + lane;
       int32_t words[4];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) words[c] = __float_as_int(now.sums[j][c]);
+      for (int c = 0; c < 4; ++c) words[c] = __float_as_int(sums[j][c]);
       if (owner == rank) {
         *target = make_int4(words[0], words[1], words[2], words[3]);
         barrier_arrive(&sent[tile]);
@@ -546,7 +579,19 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
       }
     }
     finish();
-    last = now;
+    last.index = tile;
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) last.sums[j][c] = sums[j][c];
+    }
+    // Here and not where the tile begins: a copy of what is being loaded waits for it.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int n = min(first_n + tile * kWarpgroupColumns + warp * 16 + group + 8 * half, static_cast<int>(y.n) - 1);
+      last.scale[half] = problem.w_scale[n];
+      last.bias[half] = y.bias != nullptr ? y.bias[n] : 0.0f;
+    }
   }
   finish();
 #else
@@ -563,11 +608,14 @@ void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const 
   auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t tiles = up(n, kWarpgroupColumns), units = up(k, W::kUnitColumns), groups = up(m, ROWS);
 
-  // Times in microseconds, measured on an H200: for all teams to make numbers of 8 rows of a unit each; of a unit of a tile by one
-  // warpgroup, and by all four; of sums on their way through a cluster; until the next wave of blocks is as far as that.
-  constexpr double kNumbersTime = W::kByBits ? 1.1 : 0.7, kSendTime = 0.3, kWaveTime = 2.0;
-  constexpr double kAloneTime = W::kByBits ? 0.2 + 0.2 * Kernel::kEights : 0.6;
-  constexpr double kTogetherTime = W::kByBits ? 0.6 * Kernel::kEights : 0.9 + 0.1 * Kernel::kEights;
+  // Times in microseconds, fitted to an H200's: to make numbers of 8 rows of a unit, or fewer, beside other teams, and at least; of a unit
+  // of a tile, by a warpgroup that is alone and beside others; of a tile; for sums on their way to other warpgroups, and through a cluster;
+  // until the next wave of blocks is as far as that.
+  constexpr double kNumbersTime = W::kByBits ? 0.06 * Kernel::kTurnRows : 0.18, kLeastNumbersTime = 0.45;
+  constexpr double kAloneTime = W::kByBits ? 0.28 * Kernel::kEights : 0.6;
+  constexpr double kUnitTime = W::kByBits ? 0.14 * Kernel::kEights : 0.225 + 0.025 * Kernel::kEights;
+  constexpr double kTileTime = 0.065, kGroupTime = 0.12, kWaveTime = 2.0;
+  auto cluster_time = [](int64_t blocks) { return blocks > 1 ? 0.3 + 0.02 * static_cast<double>(blocks * blocks) : 0.0; };
   double least = 0;
   int64_t ranges = 0, shared = 0;
   for (int log2 = 0; log2 <= 3; ++log2) {
@@ -587,13 +635,11 @@ void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const 
       if (tile_bytes > 0) each = std::min(each, (room - slots * slot_bytes) / tile_bytes);
       const int64_t parts = up(tiles, each), waves = up(parts * groups, at_once);
       const int64_t turns = up(each, kFixedGroups / k_groups) * up(most_units, k_groups);
-      const int64_t working = std::min<int64_t>(kFixedGroups, each * k_groups);
-      const double work = static_cast<double>(up(most_units * Kernel::kEights, Kernel::kTeams)) * kNumbersTime +
-                          static_cast<double>(turns) * std::max(kAloneTime, kTogetherTime * static_cast<double>(working) / kFixedGroups);
+      const double work = std::max(static_cast<double>(most_units * Kernel::kEights) * kNumbersTime, kLeastNumbersTime) +
+                          std::max(static_cast<double>(turns) * kAloneTime, static_cast<double>(each * most_units) * kUnitTime) +
+                          static_cast<double>(each) * kTileTime;
       const double time = static_cast<double>(waves) * work + static_cast<double>(waves - 1) * kWaveTime +
-                          (cluster > 1    ? 2 * kSendTime
-                           : k_groups > 1 ? kSendTime
-                                          : 0);
+                          static_cast<double>(k_groups - 1) * kGroupTime + cluster_time(cluster);
       if (ranges > 0 && time >= least) continue;
       least = time, ranges = parts, shared = device.shared_bytes - room + slots * slot_bytes + each * tile_bytes;
       problem.cluster_log2 = log2;
@@ -604,15 +650,16 @@ void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const 
   }
   check(ranges > 0, op, ": expected room for the numbers of ", k, " columns in shared memory");  // plan_fixed has seen to it
   problem.tiles = shares_of(tiles, ranges);
-  problem.row_groups = static_cast<int32_t>(groups);
   const int64_t w_row_bytes = row_bytes(w.layout, k);
   const CUtensorMap w_map =
       tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.data,
                  {{w_row_bytes, 1, W::kStageRowBytes}, {n, w_row_bytes, kWarpgroupColumns}, {W::kPlanes, n * w_row_bytes, W::kPlanes}},
                  W::kByBits ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE);
   const int cluster = 1 << problem.cluster_log2;
-  launch_with({cluster, true}, op, gemm_fixed_kernel<Mma, W, ROWS>, grid_of(op, ranges * groups * cluster), dim3(kFixedThreads),
-              static_cast<size_t>(shared), stream, w_map, problem);
+  // Neighbouring clusters have the same rows of w.
+  const dim3 grid(static_cast<unsigned>(groups * cluster), static_cast<unsigned>(ranges));
+  launch_with({cluster, true}, op, gemm_fixed_kernel<Mma, W, ROWS>, grid, dim3(kFixedThreads), static_cast<size_t>(shared), stream, w_map,
+              problem);
 }
 
 }  // namespace quest::cuda

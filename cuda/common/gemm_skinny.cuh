@@ -11,9 +11,8 @@
 // as long as both operands agree, so word i of a lane may be what it calls column 4t or 16 + 4t, and a is brought to whatever order
 // unpacking the weight is cheapest.
 //
-// Integer activations go the way of the weight: every warp loads the part of a that it multiplies, and the first cache keeps it for the
-// next tile. (In shared memory they would have to be there before the first product: 1 to 3 us.) Real ones, by a weight of one plane, are
-// bit planes in shared memory. (gemm_held.cuh has the other products of real activations.)
+// a goes the way of the weight: every warp loads the part of it that it multiplies, and the first cache keeps it for the next tile. (In
+// shared memory it would have to be there before the first product: 1 to 3 us.) gemm_held.cuh and gemm_fixed.cuh have real activations.
 #pragma once
 
 #include <algorithm>
@@ -99,7 +98,7 @@ __device__ __forceinline__ uint4 load_activation(const SkinnyRows& source, const
 
 // For SkinnyNibbles.
 struct StreamedNibbles {
-  static constexpr int kPlanes = 1, kLaneBytes = 16, kTeamWarps = 4;
+  static constexpr int kLaneBytes = 16;
   uint4 loaded;
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded = load_activation(source, row, byte);
@@ -113,7 +112,7 @@ struct StreamedNibbles {
 // EVEN_ODD: for SkinnyNibbles.
 template <bool EVEN_ODD>
 struct StreamedBytes {
-  static constexpr int kPlanes = 1, kLaneBytes = 32, kTeamWarps = 4;
+  static constexpr int kLaneBytes = 32;
   uint4 loaded[2];
   __device__ __forceinline__ void load(const SkinnyRows& source, const uint8_t* row, uint32_t byte) {
     loaded[0] = load_activation(source, row, byte);
@@ -133,146 +132,19 @@ struct SkinnyRow {
   uint32_t part;
 };
 
-// 16-bit floats as fixed-point numbers of 16 bits in shared memory: bit planes, so that the 1-bit tensor cores multiply them by a plane of
-// the weight. A number is x/step, rounded, in two's complement; step is the power of two for which the row's largest magnitude needs all
-// bits. So bfloat16 of at least 2^-7 of the largest are exact, and others are off by at most 2^-15 of it.
-//
-// The planes are rows of a: 16 for each row of x. 128 bytes of each are a slice; a lane's are two pieces of 16 bytes side by side, which
-// swap places in odd rows, so that eight lanes read 32 banks.
-template <typename Mma>
-struct FixedPlanes {
-  static constexpr int kPlanes = kFixedPlanes, kSliceBytes = kFixedSliceBytes, kTeamWarps = 4;
-
-  static __device__ __forceinline__ uint4 part(const uint8_t* shared, int row, int parity, int t, int part) {
-    return *reinterpret_cast<const uint4*>(shared + row * kSliceBytes + t * 32 + (part ^ (parity & 1)) * 16);
-  }
-
-  // What a warp leaves of its share of a row: the largest magnitude, and the sum of the numbers.
-  struct Shares {
-    uint32_t largest[kSkinnyWarps];
-    int32_t sum[kSkinnyWarps];
-  };
-  static __device__ __forceinline__ Shares& shares() {
-    __shared__ Shares shares;
-    return shares;
-  }
-  template <int ROWS>
-  static __device__ __forceinline__ float largest(int row) {
-    constexpr int kWarps = kSkinnyWarps / (ROWS / kPlanes);
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) bits = max(bits, shares().largest[row * kWarps + i]);
-    return Mma::to_float(bits);
-  }
-  // The exponent of step + 14, as in a float; not so small that step has none.
-  static __device__ __forceinline__ uint32_t exponent(float largest) { return max(__float_as_uint(largest) >> 23, 15u); }
-
-  // After `store` and a barrier. A row with a NaN or an infinity has no step.
-  template <int ROWS>
-  static __device__ __forceinline__ SkinnyRow row_factors(int row) {
-    constexpr int kWarps = kSkinnyWarps / (ROWS / kPlanes);
-    const float most = largest<ROWS>(row);
-    uint32_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) sum += static_cast<uint32_t>(shares().sum[row * kWarps + i]);
-    return {most <= kLargestFloat ? __uint_as_float((exponent(most) - 14) << 23) : NAN, 0u - sum};
-  }
-
-  // All of x. The threads of the block share its rows, and those of a row its chunks of 8 values; what a thread loads at once, which may be
-  // all it has, it keeps.
-  template <int ROWS>
-  static __device__ __forceinline__ void store(const SkinnyRows& source, int slices, uint8_t* target) {
-    constexpr uint32_t kRowThreads = kSkinnyThreads / (ROWS / kPlanes), kHeld = 4, kStride = kHeld * kRowThreads;
-    const uint32_t row = threadIdx.x / kRowThreads, thread = threadIdx.x % kRowThreads, chunks = slices * kSliceBytes;
-    const uint8_t* const source_row = source.row(min(row, source.rows - 1));
-    uint4 held[kHeld];
-    auto load = [&](uint32_t first) {
-#pragma unroll
-      for (uint32_t j = 0; j < kHeld; ++j) held[j] = load_activation(source, source_row, (first + j * kRowThreads) * 16);
-    };
-    uint32_t most = 0;
-    for (uint32_t first = thread; first < chunks; first += kStride) {
-      load(first);
-#pragma unroll
-      for (const uint4& x : held) {
-        const uint32_t low = __vmaxu2(x.x & 0x7FFF7FFFu, x.y & 0x7FFF7FFFu), high = __vmaxu2(x.z & 0x7FFF7FFFu, x.w & 0x7FFF7FFFu);
-        most = __vmaxu2(most, __vmaxu2(low, high));
-      }
-    }
-    most = __reduce_max_sync(0xFFFFFFFFu, max(most & 0xFFFFu, most >> 16));
-    if (threadIdx.x % 32 == 0) shares().largest[threadIdx.x / 32] = most;
-    __syncthreads();
-    const float one_over_step = __uint_as_float((254 + 14 - exponent(largest<ROWS>(static_cast<int>(row)))) << 23);
-    int32_t sum = 0;
-    for (uint32_t first = thread; first < chunks; first += kStride) {
-      if (chunks > kStride) load(first);
-#pragma unroll
-      for (uint32_t k = 0; k < kHeld; ++k) {
-        const uint32_t i = first + k * kRowThreads;
-        if (i >= chunks) break;
-        const uint4& x = held[k];
-        uint32_t pairs[4];  // of numbers
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float low = Mma::to_float(word_of(x, j) & 0xFFFFu), high = Mma::to_float(word_of(x, j) >> 16);
-          pairs[j] = __byte_perm(__float_as_uint(fmaf(low, one_over_step, kIntegerFloat)),
-                                 __float_as_uint(fmaf(high, one_over_step, kIntegerFloat)), 0x5410);
-          sum = __dp2a_lo(static_cast<int32_t>(pairs[j]), 0x0101, sum);
-        }
-        // Byte i of a plane has bit p of value i.
-        uint2 bytes[2] = {make_uint2(__byte_perm(pairs[0], pairs[1], 0x6420), __byte_perm(pairs[2], pairs[3], 0x6420)),
-                          make_uint2(__byte_perm(pairs[0], pairs[1], 0x7531), __byte_perm(pairs[2], pairs[3], 0x7531))};
-        uint8_t* const slice = target + (i / kSliceBytes * ROWS + row * kPlanes) * kSliceBytes;
-        const uint32_t column = i % kSliceBytes;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          bytes[half] = transpose_bits(bytes[half]);
-#pragma unroll
-          for (int p = 0; p < 8; ++p) {
-            const uint32_t byte = (p < 4 ? bytes[half].x : bytes[half].y) >> (8 * (p % 4));
-            slice[(half * 8 + p) * kSliceBytes + (column ^ p % 2 * 16)] = static_cast<uint8_t>(byte);
-          }
-        }
-      }
-    }
-    sum = __reduce_add_sync(0xFFFFFFFFu, sum);
-    if (threadIdx.x % 32 == 0) shares().sum[threadIdx.x / 32] = sum;
-  }
-
-  // The sums of the planes of row 0, 1 ... of x: those of the weight rows g and g + 8, in every lane of a quad. Lane t has those of the
-  // planes 2t, 2t + 1, 8 + 2t and 9 + 2t; the last one's weight is negative.
-  template <int TILES_M>
-  static __device__ __forceinline__ uint2 combine(const int32_t (&accumulators)[TILES_M][4], int row) {
-    const uint32_t t = threadIdx.x % 4;
-    uint32_t sums[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      auto count = [&](int half, int e) { return static_cast<uint32_t>(accumulators[2 * row + half][2 * i + e]); };
-      const uint32_t low = count(0, 0) + 2 * count(0, 1), last = 2 * count(1, 1);
-      const uint32_t high = count(1, 0) + (t == 3 ? 0u - last : last);
-      sums[i] = (low + (high << 8)) << 2 * t;
-      sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], 1);
-      sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], 2);
-    }
-    return make_uint2(sums[0], sums[1]);
-  }
-};
-
-// TILES_M: of 8 rows of a, of which kPlanes are one of y. TEAM_WARPS: that share K.
+// TILES_M: of 8 rows of a. TEAM_WARPS: that share K.
 template <typename Mma, typename W, typename A, int TILES_M, int TEAM_WARPS>
 struct SkinnyKernel {
-  static constexpr int kRows = 8 * TILES_M, kOutputRows = kRows / A::kPlanes, kTeams = kSkinnyWarps / TEAM_WARPS,
-                       kTeamThreads = 32 * TEAM_WARPS;
+  static constexpr int kRows = 8 * TILES_M, kTeams = kSkinnyWarps / TEAM_WARPS, kTeamThreads = 32 * TEAM_WARPS;
   static constexpr int kWeightSlice = 4 * W::kLaneBytes;
-  static constexpr bool kResident = A::kPlanes > 1;  // a lies in shared memory
   // Many rows of a would take all registers: they are loaded when they are needed, which is soon enough for what the first cache has.
-  static constexpr bool kLoadsAhead = !kResident && TILES_M <= 2;
+  static constexpr bool kLoadsAhead = TILES_M <= 2;
   static constexpr int kSliceBytes = 2 * sizeof(W) + (kLoadsAhead ? TILES_M * sizeof(A) : 0);
   static constexpr int kDepth = std::min(W::kDepth, kLoadedBytes / kSliceBytes);
   static constexpr int kBuffers = TILES_M <= 2 ? 2 : 1;  // of sums: of a tile, and of the next
-  static constexpr int kBufferSums = TEAM_WARPS * kOutputRows * kSumPitch;
+  static constexpr int kBufferSums = TEAM_WARPS * kRows * kSumPitch;
   static constexpr int kSharedBytes =
-      kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(int32_t)) + kOutputRows * static_cast<int>(sizeof(SkinnyRow)));
+      kTeams * (kBuffers * kBufferSums * static_cast<int>(sizeof(int32_t)) + kRows * static_cast<int>(sizeof(SkinnyRow)));
 };
 
 template <typename Mma, typename W, typename A, int TILES_M, int TEAM_WARPS>
@@ -281,8 +153,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
                                                                         const __grid_constant__ Shares eights,
                                                                         const __grid_constant__ IntegerEpilogue epilogue) {
   using Kernel = SkinnyKernel<Mma, W, A, TILES_M, TEAM_WARPS>;
-  constexpr int kRows = Kernel::kRows, kOutputRows = Kernel::kOutputRows, kTeams = Kernel::kTeams, kTeamThreads = Kernel::kTeamThreads,
-                kDepth = Kernel::kDepth;
+  constexpr int kRows = Kernel::kRows, kTeams = Kernel::kTeams, kTeamThreads = Kernel::kTeamThreads, kDepth = Kernel::kDepth;
   const Output& y = epilogue.output;
   const int team = threadIdx.x / kTeamThreads, thread = threadIdx.x % kTeamThreads, warp = thread / 32, lane = threadIdx.x % 32;
   const int group = lane / 4, t = lane % 4;
@@ -290,8 +161,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
   int32_t* const sums = reinterpret_cast<int32_t*>(dynamic_shared()) + team * Kernel::kBuffers * Kernel::kBufferSums;
   SkinnyRow* const row_factors =
       reinterpret_cast<SkinnyRow*>(reinterpret_cast<int32_t*>(dynamic_shared()) + kTeams * Kernel::kBuffers * Kernel::kBufferSums) +
-      team * kOutputRows;
-  uint8_t* const a_shared = dynamic_shared() + Kernel::kSharedBytes;  // of resident activations
+      team * kRows;
 
   const int slices = static_cast<int>((w_source.row_bytes + Kernel::kWeightSlice - 1) / Kernel::kWeightSlice);
   const int first_slice = warp * slices / TEAM_WARPS, last_slice = (warp + 1) * slices / TEAM_WARPS;
@@ -311,10 +181,8 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
 #pragma unroll
   for (int j = 0; j < TILES_M; ++j) a_offsets[j] = min(j * 8 + group, static_cast<int>(a_source.rows) - 1) * a_source.row_bytes;
   auto load_a = [&](auto& a, int slice) {
-    if constexpr (!Kernel::kResident) {
 #pragma unroll
-      for (int j = 0; j < TILES_M; ++j) a[j].load(a_source, a_source.data + a_offsets[j], (slice * 4 + t) * A::kLaneBytes);
-    }
+    for (int j = 0; j < TILES_M; ++j) a[j].load(a_source, a_source.data + a_offsets[j], (slice * 4 + t) * A::kLaneBytes);
   };
   struct Slice {
     W w[2];
@@ -335,14 +203,9 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
   for (int d = 0; d < kDepth; ++d) {
     if (first_slice + d < last_slice) load(loaded[d], rows.top, rows.bottom, first_slice + d);
   }
-  if (!Kernel::kResident && thread < kOutputRows) {  // the first barrier of the team comes before they are read
+  if (thread < kRows) {  // the first barrier of the team comes before they are read
     const bool exists = thread < y.m;
     row_factors[thread] = {exists ? epilogue.row_scale(thread) : 0.0f, exists ? epilogue.row_part(thread, 0) : 0};
-  }
-  if constexpr (Kernel::kResident) {
-    A::template store<kRows>(a_source, slices, a_shared);
-    __syncthreads();
-    if (thread < kOutputRows) row_factors[thread] = A::template row_factors<kRows>(thread);
   }
 
   const int n_in_tile = thread % kSkinnyN;
@@ -369,14 +232,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
           for (int p = 0; p < 2; ++p) top[p] = now.w[0].words(w_source, part, p), bottom[p] = now.w[1].words(w_source, part, p);
 #pragma unroll
           for (int j = 0; j < TILES_M; ++j) {
-            uint4 a_words;
-            if constexpr (Kernel::kResident) {
-              a_words = A::part(a_shared, (slice + d) * kRows + j * 8 + group, group, t, part);
-            } else if constexpr (Kernel::kLoadsAhead) {
-              a_words = now.a[j].part(part);
-            } else {
-              a_words = late[j].part(part);
-            }
+            const uint4 a_words = Kernel::kLoadsAhead ? now.a[Kernel::kLoadsAhead ? j : 0].part(part) : late[j].part(part);
             const uint32_t first[4] = {top[0].x, bottom[0].x, top[0].y, bottom[0].y};
             const uint32_t second[4] = {top[1].x, bottom[1].x, top[1].y, bottom[1].y};
             Mma::mma(accumulators[j], first, a_words.x, a_words.y);
@@ -390,28 +246,20 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
     }
 
     if (Kernel::kBuffers == 1 && tile_n != first_n) team_barrier();  // the sums of the tile before have been read
-    int32_t* const own = sums + buffer * Kernel::kBufferSums + warp * kOutputRows * kSumPitch;
-    if constexpr (Kernel::kResident) {
+    int32_t* const own = sums + buffer * Kernel::kBufferSums + warp * kRows * kSumPitch;
 #pragma unroll
-      for (int m = 0; m < kOutputRows; ++m) {
-        const uint2 combined = A::combine(accumulators, m);
-        if (t < 2) own[m * kSumPitch + group + t * 8] = static_cast<int32_t>(t == 0 ? combined.x : combined.y);
-      }
-    } else {
+    for (int j = 0; j < TILES_M; ++j) {
 #pragma unroll
-      for (int j = 0; j < TILES_M; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) own[(j * 8 + t * 2 + c % 2) * kSumPitch + group + c / 2 * 8] = accumulators[j][c];
-      }
+      for (int c = 0; c < 4; ++c) own[(j * 8 + t * 2 + c % 2) * kSumPitch + group + c / 2 * 8] = accumulators[j][c];
     }
     team_barrier();
     if (exists) {
       const uint32_t column_part = epilogue.column_of(column_sum);
 #pragma unroll 2
-      for (int m = thread / kSkinnyN; m < min(kOutputRows, static_cast<int>(y.m)); m += kTeamThreads / kSkinnyN) {
+      for (int m = thread / kSkinnyN; m < min(kRows, static_cast<int>(y.m)); m += kTeamThreads / kSkinnyN) {
         int32_t sum = 0;
 #pragma unroll
-        for (int w = 0; w < TEAM_WARPS; ++w) sum += sums[buffer * Kernel::kBufferSums + (w * kOutputRows + m) * kSumPitch + n_in_tile];
+        for (int w = 0; w < TEAM_WARPS; ++w) sum += sums[buffer * Kernel::kBufferSums + (w * kRows + m) * kSumPitch + n_in_tile];
         const SkinnyRow row = row_factors[m];
         store_value(y, m, n, scaled(epilogue.product(sum, row.part, column_part), row.scale, column_scale, bias));
       }
@@ -458,15 +306,13 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
   const int eights = static_cast<int>((n + 7) / 8), blocks = std::min(eights, device.sm_count);
   auto run = [&](auto team_warps) {
     using Kernel = SkinnyKernel<Mma, W, A, TILES_M, team_warps()>;
-    int64_t shared = Kernel::kSharedBytes;
-    if constexpr (A::kPlanes > 1) shared += 8 * TILES_M * round_up(a.row_bytes / A::kPlanes, A::kSliceBytes);
     launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, TILES_M, team_warps()>, dim3(static_cast<unsigned>(blocks)),
-                dim3(kSkinnyThreads), static_cast<size_t>(shared), stream, a, w, shares_of(eights, blocks), epilogue);
+                dim3(kSkinnyThreads), static_cast<size_t>(Kernel::kSharedBytes), stream, a, w, shares_of(eights, blocks), epilogue);
   };
   // Teams of many warps where two of them make all tiles of a block.
-  constexpr int kManyWarps = 8, kFewEights = 2 * kSkinnyWarps / kManyWarps;
+  constexpr int kTeamWarps = 4, kManyWarps = 8, kFewEights = 2 * kSkinnyWarps / kManyWarps;
   const bool few_tiles = eights <= kFewEights * blocks;
-  few_tiles ? run(std::integral_constant<int, kManyWarps>()) : run(std::integral_constant<int, A::kTeamWarps>());
+  few_tiles ? run(std::integral_constant<int, kManyWarps>()) : run(std::integral_constant<int, kTeamWarps>());
 }
 
 // At most 16 rows; packed codes on both sides: at most 32.

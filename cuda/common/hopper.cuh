@@ -113,6 +113,11 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// The box at (column, row, plane) of a tensor to the second cache.
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row, int plane) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(column), "r"(row), "r"(plane) : "memory");
+}
+
 // The box at (column, row, plane) of a tensor to the same place in every block of the cluster whose bit is set in `blocks`; each of their
 // barriers counts the bytes that arrive there.
 template <bool MULTICAST>

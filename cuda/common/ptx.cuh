@@ -26,6 +26,13 @@ __device__ __forceinline__ float float16_to_float(uint16_t bits) {
   return value;
 }
 
+// Bit by bit a where the mask is set, else b. (Of & and | the compiler makes two instructions.)
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(word) : "r"(mask), "r"(a), "r"(b));
+  return word;
+}
+
 // Two integers as unsigned numbers of 4 bits, those beyond 0 ... 15 as the nearest: the lowest bits of the word, `low` first, below
 // `above`.
 __device__ __forceinline__ uint32_t pack_nibbles(uint32_t low, uint32_t high, uint32_t above) {

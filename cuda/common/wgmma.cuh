@@ -127,6 +127,8 @@ struct WgmmaBits {
   QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n256k256.s32.b1.b1.and.popc", 128, "128", "129", "130")
   QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc", 64, "64", "65", "66")
   QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n64k256.s32.b1.b1.and.popc", 32, "32", "33", "34")
+  QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n32k256.s32.b1.b1.and.popc", 16, "16", "17", "18")
+  QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n16k256.s32.b1.b1.and.popc", 8, "8", "9", "10")
 };
 
 #undef QUEST_WGMMA_FAMILY

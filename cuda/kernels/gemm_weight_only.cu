@@ -3,8 +3,7 @@
 //
 // bfloat16 and float16: on Hopper most products of up to 256 rows take x as fixed-point numbers (gemm_weight_only_wgmma.cu). Others: tensor
 // cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 or 8 at a time, or the tiled one of all families. Integer levels of
-// up to 8 bits are exact in both types; gauss levels are rounded to them. At most 4 rows by one plane: x as 16 planes of fixed-point
-// numbers, on the 1-bit tensor cores (gemm_skinny.cuh: FixedPlanes), where a weight takes no instruction to widen.
+// up to 8 bits are exact in both types; gauss levels are rounded to them.
 // float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
 #include <cuda_fp16.h>
 
@@ -13,7 +12,6 @@
 #include <type_traits>
 
 #include "common/gemm_held.cuh"
-#include "common/gemm_skinny.cuh"
 #include "common/gemm_tile.cuh"
 #include "common/wgmma_products.h"
 #include "quest/cuda/gemm.h"
@@ -230,35 +228,6 @@ uint32_t pair_of(float value) {
   return bits | bits << 16;
 }
 
-// Few rows of x by one plane of w on the 1-bit tensor cores, if x fits: true if it has been launched.
-template <typename Mma>
-bool weight_only_fixed(const char* op, const void* x, const Operand& w, const RealEpilogue& epilogue, int64_t k, const Device& device,
-                       cudaStream_t stream) {
-  using Planes = FixedPlanes<Mma>;
-  const int64_t m = epilogue.output.m, n = epilogue.output.n;
-  const int64_t rows = plan_fixed_rows(m, k, device.compute_capability);
-  if (rows == 0) return false;
-  SkinnyRows x_rows{};
-  x_rows.data = static_cast<const uint8_t*>(x);
-  x_rows.rows = static_cast<uint32_t>(m);
-  x_rows.row_bytes = static_cast<uint32_t>(2 * k);
-  const Affine map = affine(w.grid, Layout::kPlanes);  // FixedPlanes::row_factors has the -1 of v = 2 c - 1: minus the row's sum
-  IntegerEpilogue integers{};
-  integers.output = epilogue.output;
-  integers.w_scale = epilogue.w_scale;
-  integers.mul = static_cast<uint32_t>(map.mul);
-  check(map.add == -1, op, ": expected values 2 c - 1 of a plane");
-  auto run = [&](auto tiles_m) {
-    launch_skinny_tiles<MmaBits, SkinnyBytes, Planes, tiles_m()>(op, x_rows, skinny_rows(w, n, k), integers, device, stream);
-  };
-  switch (rows) {
-    case 1: run(std::integral_constant<int, 2>()); break;
-    case 2: run(std::integral_constant<int, 4>()); break;
-    default: run(std::integral_constant<int, 8>());
-  }
-  return true;
-}
-
 // At most plan_weight_only_rows rows, if their kernel takes these operands: true if it has been launched.
 template <typename Mma>
 bool weight_only_held(const char* op, const void* x, const Operand& w, const RealEpilogue& epilogue, int64_t k, const Device& device,
@@ -269,7 +238,6 @@ bool weight_only_held(const char* op, const void* x, const Operand& w, const Rea
   if (m > plan_weight_only_rows(device.compute_capability) || k == 0) return false;
   if (!is_aligned(x, 16) || !is_aligned(w.data, 16) || k % 8 != 0 || (bytes && (!even_steps || k % 16 != 0))) return false;
   if (w.layout == Layout::kPlanes && (w.grid.kind != GridKind::kInt || w.grid.bits > 3)) return false;
-  if (w.layout == Layout::kPlanes && w.grid.bits == 1 && weight_only_fixed<Mma>(op, x, w, epilogue, k, device, stream)) return true;
   constexpr int64_t kMostColumns = INT32_MAX / 4;  // columns beyond the last are reckoned with
   check(k <= kMostColumns, op, ": expected k <= ", kMostColumns, ", got ", k, "; split the columns");
   HeldProblem problem{};

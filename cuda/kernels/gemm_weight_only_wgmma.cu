@@ -9,10 +9,16 @@ template <typename W>
 void run(const char* op, const Operand& w, const FixedProblem& problem, const Device& device, cudaStream_t stream) {
   auto run_type = [&](auto type) {
     using Mma = decltype(type);
+    const int64_t m = problem.output.m;
+    if constexpr (W::kByBits) {
+      if (m == 1) return launch_fixed<Mma, W, 1>(op, w, problem, device, stream);
+      if (m == 2) return launch_fixed<Mma, W, 2>(op, w, problem, device, stream);
+      if (m <= 4) return launch_fixed<Mma, W, 4>(op, w, problem, device, stream);
+    }
     // To make bits of numbers takes longest, and fewer rows a block are then more blocks that do.
     constexpr int64_t kMostRowsOfEight = W::kByBits ? 32 : 8;
-    problem.output.m > kMostRowsOfEight ? launch_fixed<Mma, W, 16>(op, w, problem, device, stream)
-                                        : launch_fixed<Mma, W, 8>(op, w, problem, device, stream);
+    m > kMostRowsOfEight ? launch_fixed<Mma, W, 16>(op, w, problem, device, stream)
+                         : launch_fixed<Mma, W, 8>(op, w, problem, device, stream);
   };
   problem.output.dtype == DType::kBFloat16 ? run_type(MmaBFloat16{}) : run_type(MmaFloat16{});
 }

@@ -120,15 +120,10 @@ TEST(Plan, FewRows) {
   EXPECT_EQ(plan_held(90).rows, 16);
   EXPECT_EQ(plan_held(80).rows, 8);
   EXPECT_EQ(plan_held(89).warps, 4);
-  EXPECT_EQ(plan_fixed_rows(3, 4096, 90), 4);
-  EXPECT_EQ(plan_fixed_rows(5, 4096, 90), 0);
-  EXPECT_EQ(plan_fixed_rows(4, 32768, 90), 0);  // 256 KB
-  EXPECT_EQ(plan_fixed_rows(1, 65536, 90), 1);
-  EXPECT_EQ(plan_fixed_rows(1, 65544, 90), 0);  // sums beyond int32
-  // On Hopper those of integer grids become fixed-point numbers, if there are many of them or the weight is large.
+  // On Hopper those of integer grids become fixed-point numbers, if there are many of them, the weight is large, or has one bit.
   const Grid bit{GridKind::kInt, 1}, nibble{GridKind::kInt, 4}, byte{GridKind::kInt, 8}, floats{GridKind::kFp4, 4};
-  EXPECT_TRUE(plan_fixed(bit, Layout::kPlanes, 5, 12288, 4096));
-  EXPECT_FALSE(plan_fixed(bit, Layout::kPlanes, 4, 12288, 4096));  // plan_fixed_rows
+  EXPECT_TRUE(plan_fixed(bit, Layout::kPlanes, 1, 64, 32768));
+  EXPECT_FALSE(plan_fixed(bit, Layout::kPlanes, 1, 64, 32776));
   EXPECT_TRUE(plan_fixed(nibble, Layout::kPacked, 1, 12288, 4096));
   EXPECT_FALSE(plan_fixed(nibble, Layout::kPacked, 16, 2048, 2048));
   EXPECT_TRUE(plan_fixed(nibble, Layout::kPacked, 17, 2048, 2048));

@@ -130,8 +130,7 @@ struct Shape {
 
 // |y - y_ref| for float32 sums of k products in any order: each of about k additions and one product rounds to 2^-24 of sums that are at
 // most the sum of magnitudes; the levels of gauss are rounded to x's type once; the output is rounded to it once. Weights of integer
-// grids may meet x as fixed-point numbers that are off by 2^-15 of the row's largest, by those of 8 bits 2^-14 (plan_fixed,
-// plan_fixed_rows).
+// grids may meet x as fixed-point numbers that are off by 2^-15 of the row's largest, by those of 8 bits 2^-14 (plan_fixed).
 inline void check_weight_only_of(Random& random, const std::vector<float>& values, const Matrix& w, DType dtype, int64_t m, int64_t n,
                                  int64_t k, int64_t offset = 0) {
   const Grid grid = w.host().grid;
@@ -152,8 +151,7 @@ inline void check_weight_only_of(Random& random, const std::vector<float>& value
   cuda::gemm_weight_only(device_x.data(), w.device(), device_bias.data(), y.data(), dtype, m, n, k, nullptr);
   const std::vector<uint8_t> got = y.host();
   const double level_rounding = grid.kind == GridKind::kGauss && dtype != DType::kFloat32 ? rounding(dtype) : 0.0;
-  const bool one_plane = layout == Layout::kPlanes && grid == Grid{GridKind::kInt, 1};
-  const bool fixed = dtype != DType::kFloat32 && (plan_fixed(grid, layout, m, n, k) || (one_plane && plan_fixed_rows(m, k, 90) > 0));
+  const bool fixed = dtype != DType::kFloat32 && plan_fixed(grid, layout, m, n, k);
   for (int64_t i = 0; i < m; ++i) {
     double largest = 0;
     for (int64_t l = 0; l < k; ++l) largest = std::max(largest, std::abs(static_cast<double>(wide[i * k + l])));
@@ -229,9 +227,12 @@ inline void check_whole_numbers(Random& random, Grid grid, Layout layout, DType 
   }
 }
 
-// Rows of x with a NaN make rows of NaNs, those with an infinity too where x becomes planes (plan_fixed_rows: on every GPU; else none of
-// their elements is finite), and they leave the others alone.
+// Rows of x with a NaN make rows of NaNs, those with an infinity too where x becomes fixed-point numbers (else none of their elements is
+// finite), and they leave the others alone.
 inline void check_rows_without_numbers(Random& random, Grid grid, Layout layout, DType dtype, int64_t m, int64_t n, int64_t k) {
+  int capability = 0;
+  cuda_ok(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, 0));
+  const bool fixed = capability == 9 && plan_fixed(grid, layout, m, n, k);
   const Matrix w(random, grid, layout, n, k);
   std::vector<float> x = random.normals(m * k);
   const OnDevice<uint8_t> finite(to_dtype(x, dtype)), expected(m * n * 2), y(m * n * 2);
@@ -240,11 +241,10 @@ inline void check_rows_without_numbers(Random& random, Grid grid, Layout layout,
   cuda::gemm_weight_only(finite.data(), w.device(), nullptr, expected.data(), dtype, m, n, k, nullptr);
   cuda::gemm_weight_only(device_x.data(), w.device(), nullptr, y.data(), dtype, m, n, k, nullptr);
   const std::vector<uint8_t> right = expected.host(), got = y.host();
-  const bool planes = layout == Layout::kPlanes && grid == Grid{GridKind::kInt, 1} && plan_fixed_rows(m, k, 90) > 0;
   for (int64_t i = 0; i < m * n; ++i) {
     const float value = element(got, dtype, i);
     const int64_t row = i / n;
-    const bool has_nan = row % 4 == 3 || (planes && row % 2 == 1);
+    const bool has_nan = row % 4 == 3 || (fixed && row % 2 == 1);
     ASSERT_TRUE(row % 2 == 0 ? value == element(right, dtype, i)
                 : has_nan    ? std::isnan(value)
                              : !std::isfinite(value))

@@ -136,6 +136,7 @@ using std::min;
 inline void __syncthreads() { quest::emulated::block->named[0].sync(quest::emulated::block->meeting, blockDim.x); }
 inline void __syncwarp() { quest::emulated::block->sync_warp(threadIdx.x); }
 inline void __nanosleep(unsigned) {}
+inline uint32_t atomicAdd(uint32_t* sum, uint32_t value) { return __atomic_fetch_add(sum, value, __ATOMIC_RELAXED); }
 inline int __shfl_sync(unsigned, int value, int) { return value; }  // of what is the same in all lanes
 [[noreturn]] inline void __trap() { std::abort(); }
 

@@ -46,6 +46,11 @@ TEST(Emulated, FixedPoint) {
     for (const Grid grid : {kInt4Grid, kFp4Grid}) check_weight_only(random, grid, Layout::kPacked, DType::kFloat16, s.m, s.n, s.k);
     check_weight_only(random, kInt8Grid, Layout::kCodes, DType::kBFloat16, s.m, s.n, s.k / 16 * 16);
   }
+  // One bit, of fewer rows than eight.
+  for (const auto& [m, n, k] : {Shape{1, 130, 2056}, Shape{2, 70, 1000}, Shape{3, 200, 4104}, Shape{4, 64, 1024}, Shape{5, 100, 3080}}) {
+    emulated::multiprocessors = static_cast<int>(m);
+    check_weight_only(random, kInt1Grid, Layout::kPlanes, m % 2 == 0 ? DType::kFloat16 : DType::kBFloat16, m, n, k);
+  }
 }
 
 TEST(Emulated, FixedPointExtremes) {

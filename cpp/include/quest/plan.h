@@ -64,8 +64,7 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capabilit
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
 
 // The kernel that holds few rows of real activations in registers: how many at once, and by how many warps of a thread block. (plan_tile
-// names it for up to plan_weight_only_rows rows; of these the first few by a weight of one plane have plan_fixed_rows' kernel, and others
-// that of plan_fixed.)
+// names it for up to plan_weight_only_rows rows, also where plan_fixed has another.)
 struct HeldPlan {
   int32_t rows, warps;
 };
@@ -74,11 +73,6 @@ HeldPlan plan_held(int32_t compute_capability);
 
 // Rows of real activations of 16-bit types up to which that kernel, some at a time, is faster than a product with the dequantized weight.
 int64_t plan_weight_only_rows(int32_t compute_capability);
-
-// Rows of real activations that the kernel for a weight of one plane takes as 16 planes each: 1, 2 or 4, at least m; 0 if there are more,
-// their sums do not fit int32, or they do not fit in shared memory.
-constexpr int32_t kFixedPlanes = 16, kFixedSliceBytes = 128;  // of a row; to whole slices of so many bytes a plane is padded
-int32_t plan_fixed_rows(int64_t m, int64_t k, int32_t compute_capability);
 
 // Whether Hopper's kernel that makes fixed-point numbers of few rows of real activations, some at a time, takes a product: where it is
 // faster than the kernels above, or for more rows than a product with the dequantized weight.

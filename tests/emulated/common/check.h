@@ -39,8 +39,9 @@ template <typename... Parameters, typename... Arguments>
 void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t, const Arguments&... arguments) {
   check(shared_bytes <= emulated::kSharedBytes && block.x <= emulated::kMostThreads, op, ": more than a thread block can have");
-  const int blocks = static_cast<int>(grid.x), threads = static_cast<int>(block.x);
-  for (int first = 0; first < blocks; first += options.cluster) {
+  const int blocks = static_cast<int>(grid.x), rows = static_cast<int>(grid.y), threads = static_cast<int>(block.x);
+  for (int index = 0; index < blocks * rows; index += options.cluster) {
+    const int first = index % blocks, row = index / blocks;
     emulated::Cluster cluster;
     cluster.threads = options.cluster * threads;
     std::vector<std::unique_ptr<emulated::Block>> owned;
@@ -57,9 +58,9 @@ void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Pa
         running.emplace_back([&, rank, thread] {
           emulated::block = cluster.blocks[rank];
           threadIdx = {thread, 0, 0};
-          blockIdx = {first + rank, 0, 0};
+          blockIdx = {first + rank, row, 0};
           blockDim = {threads, 1, 1};
-          gridDim = {blocks, 1, 1};
+          gridDim = {blocks, rows, 1};
           kernel(arguments...);
         });
       }

@@ -120,6 +120,7 @@ inline void load_box(uint16_t blocks, void* target, const CUtensorMap* map, uint
   }
 }
 inline void prefetch_tensor_map(const CUtensorMap*) {}
+inline void tensor_prefetch(const CUtensorMap*, int, int, int) {}
 template <bool MULTICAST>
 void tensor_load(void* target, const CUtensorMap* map, uint64_t* barrier, int column, int row, int plane, uint16_t blocks) {
   load_box(MULTICAST ? blocks : static_cast<uint16_t>(1 << emulated::block->rank), target, map, barrier, {column, row, plane, 0, 0});

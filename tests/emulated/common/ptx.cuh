@@ -13,6 +13,8 @@ inline float float16_to_float(uint16_t bits) { return __half2float(__ushort_as_h
 inline uint32_t pack_bfloat16(float low, float high) { return bits_of(__float2bfloat16(low)) | bits_of(__float2bfloat16(high)) << 16; }
 inline uint32_t pack_float16(float low, float high) { return bits_of(__float2half_rn(low)) | bits_of(__float2half_rn(high)) << 16; }
 
+inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (mask & a) | (~mask & b); }
+
 // ---- memory. An address in shared memory is the distance from its start.
 template <typename T>
 T load(const void* source) {
