@@ -159,8 +159,8 @@ struct FixedRow {
   uint32_t part;
 };
 
-// Shared memory: the numbers of the block's units; the rings; what is received of tiles; the factors of the units; what is left of rows on
-// their way to numbers; barriers.
+// Shared memory: the numbers of the block's units; the rings; what is received of tiles, and their scales and biases; the factors of the
+// units; what is left of rows on their way to numbers; barriers.
 template <typename W, int ROWS>
 struct FixedKernel {
   static constexpr int kTurnRows = ROWS < 8 ? ROWS : 8, kEights = ROWS / kTurnRows;  // of a, that become numbers together
@@ -174,6 +174,7 @@ struct FixedKernel {
   static_assert(W::kByBits || kTurnRows == 8, "digits come in tiles of 8 rows");
   static constexpr int kParts = 4 * kEights;  // of a tile: the sums of a warp with 8 rows. Blocks own them in turn.
   static constexpr int kPartBytes = 32 * 16;
+  static constexpr int kScaleBytes = 2 * kWarpgroupColumns * static_cast<int>(sizeof(float));  // of a tile
   static constexpr int kFactorBytes = ROWS * static_cast<int>(sizeof(FixedRow));
   // Of a warp's columns of each row: the largest magnitude. A team's turns alternate.
   struct Left {
@@ -212,6 +213,9 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   shared += kFixedGroups * problem.slots * kStageBytes;
   int4* const received = reinterpret_cast<int4*>(shared);  // [tile][sender][own part][lane]
   shared += tiles * senders * own_parts * Kernel::kPartBytes;
+  float* const scales = reinterpret_cast<float*>(shared);  // of the rows of w, then their biases
+  float* const biases = scales + tiles * kWarpgroupColumns;
+  shared += tiles * Kernel::kScaleBytes;
   FixedRow* const factors = reinterpret_cast<FixedRow*>(shared);  // [unit][row]
   shared += most_units * Kernel::kFactorBytes;
   auto* const left = reinterpret_cast<typename Kernel::Left*>(shared);
@@ -324,7 +328,14 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     if (thread < kTurnRows) factors_of(turn)[thread].part = 0;
   }
   cp_async_commit();
-  cp_async_wait<0>();
+  for (int i = threadIdx.x; i < tiles * kWarpgroupColumns; i += kFixedGroups * kWarpgroup) {
+    const bool exists = first_n + i < y.n;
+    const int n = exists ? first_n + i : 0;
+    cp_async_4(&scales[i], problem.w_scale + n, exists);
+    if (y.bias != nullptr) cp_async_4(&biases[i], y.bias + n, exists);
+  }
+  cp_async_commit();
+  cp_async_wait<1>();
   team_barrier(team == 0 ? 32 : 0);  // the first team's with the copier
   for (int turn = team; turn < turns; turn += kTeams) {
     auto& largest = team_left.largest[turn / kTeams % 2][turn_row];
@@ -447,10 +458,10 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     }
   };
 
-  // A tile whose sums are on their way: what this warpgroup has of them, and the scales and biases of a lane's two columns.
+  // A tile whose sums are on their way: what this warpgroup has of them.
   struct {
     int index;
-    float sums[kEights][4], scale[2], bias[2];
+    float sums[kEights][4];
   } last;
   last.index = -1;
   auto finish = [&] {
@@ -469,8 +480,11 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
       }
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const int m = 8 * j + 2 * t + c % 2, n = first_n + last.index * kWarpgroupColumns + warp * 16 + group + c / 2 * 8;
-        if (m < rows && n < y.n) store_value(y, first_row + m, n, scaled(sums[c], 1.0f, last.scale[c / 2], last.bias[c / 2]));
+        const int m = 8 * j + 2 * t + c % 2, column = last.index * kWarpgroupColumns + warp * 16 + group + c / 2 * 8;
+        const float bias = y.bias != nullptr ? biases[column] : 0.0f;
+        if (m < rows && first_n + column < y.n) {
+          store_value(y, first_row + m, first_n + column, scaled(sums[c], 1.0f, scales[column], bias));
+        }
       }
     }
   };
@@ -479,8 +493,9 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   if constexpr (!W::kByBits) {
     if (first_tile < tiles && k_group < units) unpack(even, 0);
   }
+  cp_async_wait<0>();
   async_proxy_fence();
-  named_barrier(1, kFixedGroups * kWarpgroup);  // all numbers are there
+  named_barrier(1, kFixedGroups * kWarpgroup);  // all numbers are there, and the scales
   if (blocks > 1) cluster_wait();               // for the other blocks' barriers
   for (int tile = first_tile; tile < tiles; tile += tile_stride) {
     float sums[kEights][4];
@@ -585,13 +600,6 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
 #pragma unroll
       for (int c = 0; c < 4; ++c) last.sums[j][c] = sums[j][c];
     }
-    // Here and not where the tile begins: a copy of what is being loaded waits for it.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int n = min(first_n + tile * kWarpgroupColumns + warp * 16 + group + 8 * half, static_cast<int>(y.n) - 1);
-      last.scale[half] = problem.w_scale[n];
-      last.bias[half] = y.bias != nullptr ? y.bias[n] : 0.0f;
-    }
   }
   finish();
 #else
@@ -628,11 +636,11 @@ void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const 
       // What is left beside the numbers: for a ring of at least two slots, then for what is received of each tile.
       const int64_t room = device.shared_bytes - Kernel::kOtherBytes - most_units * (Kernel::kUnitBytes + Kernel::kFactorBytes);
       const int64_t slot_bytes = kFixedGroups * Kernel::kStageBytes;
-      const int64_t tile_bytes = (cluster * k_groups - 1) * up(Kernel::kParts, cluster) * Kernel::kPartBytes;
+      const int64_t tile_bytes = (cluster * k_groups - 1) * up(Kernel::kParts, cluster) * Kernel::kPartBytes + Kernel::kScaleBytes;
       if (room < 2 * slot_bytes + tile_bytes) continue;
       int64_t each = std::min<int64_t>(kFixedMostTiles, up(tiles, std::max<int64_t>(1, at_once / groups)));
       const int64_t slots = std::clamp<int64_t>((room - each * tile_bytes) / slot_bytes, 2, kFixedMostSlots);
-      if (tile_bytes > 0) each = std::min(each, (room - slots * slot_bytes) / tile_bytes);
+      each = std::min(each, (room - slots * slot_bytes) / tile_bytes);
       const int64_t parts = up(tiles, each), waves = up(parts * groups, at_once);
       const int64_t turns = up(each, kFixedGroups / k_groups) * up(most_units, k_groups);
       const double work = std::max(static_cast<double>(most_units * Kernel::kEights) * kNumbersTime, kLeastNumbersTime) +

@@ -91,6 +91,12 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
 
+// The same for 4 bytes, through the first cache.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool valid) {
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most PENDING of this thread's committed groups are in flight.
@@ -128,8 +134,8 @@ __device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
 }
 
 // ---- neighbours in a stream (programmatic dependent launch, sm_90): a kernel that was launched as `dependent` (check.h) may start while
-// the one before it still runs, and waits here until that has ended and its writes are seen. Before that it must not touch memory. Once
-// every thread block is here, the next kernel may start to start.
+// the one before it still runs, and waits here until that has ended and its writes are seen. Before that it must not touch memory, but may
+// bring it to the second cache. Once every thread block is here, the next kernel may start to start.
 __device__ __forceinline__ void wait_for_prerequisites() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
