@@ -37,9 +37,7 @@ inline uint2 load_shared_64(uint32_t address) { return load<uint2>(emulated::blo
 inline void cp_async_16(void* shared, const void* global, bool valid) {
   valid ? std::memcpy(shared, global, 16) : std::memset(shared, 0, 16);
 }
-inline void cp_async_4(void* shared, const void* global, bool valid) {
-  valid ? std::memcpy(shared, global, 4) : std::memset(shared, 0, 4);
-}
+inline void cp_async_4(void* shared, const void* global, bool valid) { valid ? std::memcpy(shared, global, 4) : std::memset(shared, 0, 4); }
 inline void cp_async_commit() {}
 template <int PENDING>
 void cp_async_wait() {}
