@@ -119,8 +119,11 @@ py::dict plan_operands(const std::string& w_grid, const std::optional<std::strin
   return result;
 }
 
-py::dict plan_tile(const std::string& family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
+py::dict plan_tile(const std::string& family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count,
+                   const std::optional<std::string>& w_grid) {
+  quest::check(!w_grid || family == "weight_only", "plan_tile: expected no w_grid for family ", family, ", got ", w_grid.value_or(""));
   const quest::GemmTile tile = family == "bits" ? quest::plan_bits(m, n, k, compute_capability, sm_count)
+                               : w_grid         ? quest::plan_weight_only(quest::parse_grid(*w_grid), m, n, k, compute_capability, sm_count)
                                                 : quest::plan_tile(parse_family(family), m, n, k, compute_capability, sm_count);
   py::dict result;
   result["kernel"] = tile.kernel;
@@ -177,7 +180,7 @@ PYBIND11_MODULE(_C, m) {
       "plan_operands", &plan_operands, py::arg("w_grid"), py::arg("a_grid"), py::arg("sparsity") = "none", py::arg("shape") = py::none(),
       "Family and operand layouts of a product, and why. a_grid None: weight-only. shape: (m, n, k), on which the layout of a may depend.");
   m.def("plan_tile", &plan_tile, py::arg("family"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("compute_capability") = 90,
-        py::arg("sm_count") = 132,
-        "CUDA kernel and tile that a problem gets, and why. (weight_only: but for the products that Hopper's kernel of fixed-point numbers "
-        "takes.)");
+        py::arg("sm_count") = 132, py::arg("w_grid") = py::none(),
+        "CUDA kernel and tile that a problem gets, and why. w_grid, for weight_only: a grid such as \"int1\", on which the kernel may "
+        "depend.");
 }

@@ -26,6 +26,8 @@ struct TileRow {
 
 constexpr TileRow kSkinny = {16, 16, "skinny", "few rows: bound by the bytes of w, which are read once, straight to registers"};
 constexpr const char* kHeldReason = "few rows of real a: they stay in registers, and the bytes of w are read once for as many as fit";
+constexpr const char* kFixedReason =
+    "few rows of real a: as fixed-point numbers they need half of the instructions, or the weight's bits none to widen them";
 constexpr TileRow kLarge = {128, 128, "m128n128", "bound by arithmetic: each byte of shared memory feeds the most products"};
 constexpr TileRow kSmall = {64, 64, "m64n64", "fewer large tiles than multiprocessors: four times the thread blocks"};
 
@@ -68,6 +70,7 @@ constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
 // they are, and then they are faster from the first.
 constexpr int64_t kFixedRows = 256, kFixedWeights = int64_t{1} << 23;
 constexpr int64_t kFixedColumns = 16384, kFixedBitColumns = 32768;  // of K, whose numbers fit in the shared memory of a cluster
+constexpr int64_t kFixedMostN = int64_t{65535} * kFixedTileN;       // a launch can have so many ranges, of a tile each
 constexpr int32_t kHopper = 90;
 
 // Shared memory that a thread block can have.
@@ -247,7 +250,7 @@ bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capabi
 
 bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k) {
   const bool one_bit = layout == Layout::kPlanes && weight == Grid{GridKind::kInt, 1};
-  if (k == 0 || k % 8 != 0 || k > (one_bit ? kFixedBitColumns : kFixedColumns) || !has_values(weight)) return false;
+  if (k == 0 || k % 8 != 0 || k > (one_bit ? kFixedBitColumns : kFixedColumns) || n > kFixedMostN || !has_values(weight)) return false;
   switch (layout) {
     case Layout::kPacked: break;
     case Layout::kPlanes:
@@ -259,6 +262,64 @@ bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k) {
     default: return false;
   }
   return m <= kFixedRows && (one_bit || m > plan_held(kHopper).rows || n * k >= kFixedWeights);
+}
+
+FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+  check(plan_fixed(weight, layout, m, n, k) && m > 0 && n > 0, "plan_fixed_split: expected a product that plan_fixed takes, got ", m, " x ",
+        n, " x ", k, " by ", to_string(weight), " in layout ", to_string(layout));
+  auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const bool one_bit = layout == Layout::kPlanes && weight.bits == 1;
+  // To make bits of numbers takes long, and fewer rows a block are then more blocks that do.
+  const int32_t rows = one_bit && m <= 2 ? static_cast<int32_t>(m) : one_bit && m <= 4 ? 4 : m <= (one_bit ? 32 : 8) ? 8 : 16;
+  const FixedRoom room = fixed_room(one_bit, layout == Layout::kPlanes ? weight.bits : 1, rows);
+  const int64_t eights = up(rows, 8), tiles = up(n, kFixedTileN), units = up(k, room.unit_columns), groups = up(m, rows);
+
+  // Times in microseconds, fitted to an H200's: to make numbers of 8 rows of a unit, or fewer, beside other teams of warps, and at least;
+  // of a unit of a tile, by a warpgroup that is alone and beside others; of a tile; for sums on their way to other warpgroups, and through
+  // a cluster; until the next wave of blocks is as far as that.
+  const double numbers_time = one_bit ? 0.06 * std::min(rows, 8) : 0.18, least_numbers_time = 0.45;
+  const double alone_time = one_bit ? 0.28 * static_cast<double>(eights) : 0.6;
+  const double unit_time = one_bit ? 0.14 * static_cast<double>(eights) : 0.225 + 0.025 * static_cast<double>(eights);
+  constexpr double kTileTime = 0.065, kGroupTime = 0.12, kWaveTime = 2.0;
+  auto cluster_time = [](int64_t blocks) { return blocks > 1 ? 0.3 + 0.02 * static_cast<double>(blocks * blocks) : 0.0; };
+
+  FixedPlan best{};
+  double best_time = 0;
+  for (int32_t cluster = 1; cluster <= std::min<int64_t>(8, units); cluster *= 2) {
+    const int64_t most_units = up(units, cluster);
+    // Not all multiprocessors find partners for clusters of more than two.
+    const int64_t at_once = std::max<int64_t>(1, (cluster > 2 ? sm_count * 10 / 11 : sm_count) / cluster);
+    for (int32_t k_groups = 1; k_groups <= std::min<int64_t>(kFixedGroups, most_units); k_groups *= 2) {
+      // What is left beside the numbers: for a ring of at least two slots, then for what is received of each tile.
+      const int64_t left = kHopperSharedBytes - room.other - most_units * room.unit, slot = kFixedGroups * room.slot;
+      const int64_t tile = (cluster * k_groups - 1) * up(room.parts, cluster) * room.part + room.tile_scales;
+      if (left < 2 * slot + tile) continue;
+      int64_t each = std::min<int64_t>(kFixedMostTiles, up(tiles, std::max<int64_t>(1, at_once / groups)));
+      const int64_t slots = std::clamp<int64_t>((left - each * tile) / slot, 2, kFixedMostSlots);
+      each = std::min(each, (left - slots * slot) / tile);
+      const int64_t ranges = up(tiles, each), waves = up(ranges * groups, at_once);
+      const int64_t turns = up(each, kFixedGroups / k_groups) * up(most_units, k_groups);
+      const double work = std::max(static_cast<double>(most_units * eights) * numbers_time, least_numbers_time) +
+                          std::max(static_cast<double>(turns) * alone_time, static_cast<double>(each * most_units) * unit_time) +
+                          static_cast<double>(each) * kTileTime;
+      const double time = static_cast<double>(waves) * work + static_cast<double>(waves - 1) * kWaveTime +
+                          static_cast<double>(k_groups - 1) * kGroupTime + cluster_time(cluster);
+      if (best.rows > 0 && time >= best_time) continue;
+      best_time = time;
+      best = {rows, cluster, k_groups, static_cast<int32_t>(slots), ranges, kHopperSharedBytes - left + slots * slot + each * tile};
+    }
+  }
+  check(best.rows > 0, "plan_fixed_split: expected room for the numbers of ", k, " columns in shared memory");  // plan_fixed sees to it
+  return best;
+}
+
+GemmTile plan_weight_only(Grid weight, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
+  const GemmTile tile = plan_tile(GemmFamily::kWeightOnly, m, n, k, compute_capability, sm_count);
+  const Layout layout = plan_operands(weight, nullptr, Sparsity::kNone).w;
+  if (compute_capability != kHopper || m == 0 || n == 0 || !plan_fixed(weight, layout, m, n, k)) return tile;
+  const FixedPlan plan = plan_fixed_split(weight, layout, m, n, k, sm_count);
+  const int32_t unit_columns = fixed_room(layout == Layout::kPlanes && weight.bits == 1, 1, plan.rows).unit_columns;
+  return {"fixed", true, plan.rows, kFixedTileN, unit_columns, plan.cluster, plan.cluster * plan.k_groups, kFixedReason};
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {

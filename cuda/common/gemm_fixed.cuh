@@ -28,7 +28,6 @@
 // and adds up 1.0, sends and receives sums 0.3; the rest lies between kernels.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -45,8 +44,8 @@
 
 namespace quest::cuda {
 
-inline constexpr int kFixedGroups = 4, kFixedThreads = kFixedGroups * kWarpgroup + 32;
-inline constexpr int kFixedMostSlots = 8, kFixedMostTiles = 32;
+inline constexpr int kFixedThreads = kFixedGroups * kWarpgroup + 32;
+static_assert(kFixedTileN == kWarpgroupColumns, "rows of w of a tile");
 
 struct FixedProblem {
   const uint8_t* x;  // rows of 16-bit floats, which start at multiples of 16 bytes
@@ -182,7 +181,12 @@ struct FixedKernel {
   };
   static constexpr int kLeftBytes = kTeams * static_cast<int>(sizeof(Left));
   static constexpr int kBarrierBytes = (2 * kFixedGroups * kFixedMostSlots + kFixedMostTiles) * 8;
-  static constexpr int kOtherBytes = kLeftBytes + kBarrierBytes;
+
+  static constexpr FixedRoom kRoom = fixed_room(W::kByBits, W::kPlanes, ROWS);
+  static_assert(kRoom.unit_columns == W::kUnitColumns && kRoom.unit == kUnitBytes + kFactorBytes && kRoom.slot == kStageBytes &&
+                    kRoom.parts == kParts && kRoom.part == kPartBytes && kRoom.tile_scales == kScaleBytes &&
+                    kRoom.other >= kLeftBytes + kBarrierBytes,
+                "the plan reckons with them");
 };
 
 template <typename Mma, typename W, int ROWS>
@@ -533,15 +537,16 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
             for (int i = kBits - 2; i >= 0; --i) product = (product << kStep) + static_cast<uint32_t>(counts[4 * i + c]);
             products[c] = product << first;
           }
-          if constexpr (kTurnRows == 1) {
-            products[0] += products[1], products[1] = products[0];
-            products[2] += products[3], products[3] = products[2];
-          }
+          if constexpr (kTurnRows == 1) products[0] += products[1], products[2] += products[3];
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
+            if (kTurnRows == 1 && c % 2 == 1) {
+              products[c] = products[c - 1];
+            } else {
 #pragma unroll
-            for (int lanes = kTurnRows / 2 > 0 ? kTurnRows / 2 : 1; lanes < 4; lanes *= 2) {
-              products[c] += __shfl_xor_sync(0xFFFFFFFFu, products[c], lanes);
+              for (int lanes = kTurnRows == 4 ? 2 : 1; kTurnRows < 8 && lanes < 4; lanes *= 2) {
+                products[c] += __shfl_xor_sync(0xFFFFFFFFu, products[c], lanes);
+              }
             }
             add(j, c, products[c]);
           }
@@ -610,64 +615,24 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
 // ---- host
 
 template <typename Mma, typename W, int ROWS>
-void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const Device& device, cudaStream_t stream) {
-  using Kernel = FixedKernel<W, ROWS>;
+void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const FixedPlan& plan, cudaStream_t stream) {
   const int64_t m = problem.output.m, n = problem.output.n, k = problem.k;
   auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t tiles = up(n, kWarpgroupColumns), units = up(k, W::kUnitColumns), groups = up(m, ROWS);
-
-  // Times in microseconds, fitted to an H200's: to make numbers of 8 rows of a unit, or fewer, beside other teams, and at least; of a unit
-  // of a tile, by a warpgroup that is alone and beside others; of a tile; for sums on their way to other warpgroups, and through a cluster;
-  // until the next wave of blocks is as far as that.
-  constexpr double kNumbersTime = W::kByBits ? 0.06 * Kernel::kTurnRows : 0.18, kLeastNumbersTime = 0.45;
-  constexpr double kAloneTime = W::kByBits ? 0.28 * Kernel::kEights : 0.6;
-  constexpr double kUnitTime = W::kByBits ? 0.14 * Kernel::kEights : 0.225 + 0.025 * Kernel::kEights;
-  constexpr double kTileTime = 0.065, kGroupTime = 0.12, kWaveTime = 2.0;
-  auto cluster_time = [](int64_t blocks) { return blocks > 1 ? 0.3 + 0.02 * static_cast<double>(blocks * blocks) : 0.0; };
-  double least = 0;
-  int64_t ranges = 0, shared = 0;
-  for (int log2 = 0; log2 <= 3; ++log2) {
-    const int64_t cluster = int64_t{1} << log2, most_units = up(units, cluster);
-    if (cluster > units) break;
-    // Not all multiprocessors find partners for clusters of more than two.
-    const int64_t at_once = std::max<int64_t>(1, (cluster > 2 ? device.sm_count * 10 / 11 : device.sm_count) / cluster);
-    for (int k_log2 = 0; k_log2 <= 2 && int64_t{1} << k_log2 <= most_units; ++k_log2) {
-      const int64_t k_groups = int64_t{1} << k_log2;
-      // What is left beside the numbers: for a ring of at least two slots, then for what is received of each tile.
-      const int64_t room = device.shared_bytes - Kernel::kOtherBytes - most_units * (Kernel::kUnitBytes + Kernel::kFactorBytes);
-      const int64_t slot_bytes = kFixedGroups * Kernel::kStageBytes;
-      const int64_t tile_bytes = (cluster * k_groups - 1) * up(Kernel::kParts, cluster) * Kernel::kPartBytes + Kernel::kScaleBytes;
-      if (room < 2 * slot_bytes + tile_bytes) continue;
-      int64_t each = std::min<int64_t>(kFixedMostTiles, up(tiles, std::max<int64_t>(1, at_once / groups)));
-      const int64_t slots = std::clamp<int64_t>((room - each * tile_bytes) / slot_bytes, 2, kFixedMostSlots);
-      each = std::min(each, (room - slots * slot_bytes) / tile_bytes);
-      const int64_t parts = up(tiles, each), waves = up(parts * groups, at_once);
-      const int64_t turns = up(each, kFixedGroups / k_groups) * up(most_units, k_groups);
-      const double work = std::max(static_cast<double>(most_units * Kernel::kEights) * kNumbersTime, kLeastNumbersTime) +
-                          std::max(static_cast<double>(turns) * kAloneTime, static_cast<double>(each * most_units) * kUnitTime) +
-                          static_cast<double>(each) * kTileTime;
-      const double time = static_cast<double>(waves) * work + static_cast<double>(waves - 1) * kWaveTime +
-                          static_cast<double>(k_groups - 1) * kGroupTime + cluster_time(cluster);
-      if (ranges > 0 && time >= least) continue;
-      least = time, ranges = parts, shared = device.shared_bytes - room + slots * slot_bytes + each * tile_bytes;
-      problem.cluster_log2 = log2;
-      problem.k_groups_log2 = k_log2;
-      problem.slots = static_cast<int32_t>(slots);
-      problem.units = shares_of(units, cluster);
-    }
-  }
-  check(ranges > 0, op, ": expected room for the numbers of ", k, " columns in shared memory");  // plan_fixed has seen to it
-  problem.tiles = shares_of(tiles, ranges);
+  auto log2 = [](int32_t power) { return power == 1 ? 0 : power == 2 ? 1 : power == 4 ? 2 : 3; };
+  problem.cluster_log2 = log2(plan.cluster);
+  problem.k_groups_log2 = log2(plan.k_groups);
+  problem.slots = plan.slots;
+  problem.units = shares_of(up(k, W::kUnitColumns), plan.cluster);
+  problem.tiles = shares_of(up(n, kFixedTileN), plan.ranges);
   const int64_t w_row_bytes = row_bytes(w.layout, k);
   const CUtensorMap w_map =
       tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.data,
-                 {{w_row_bytes, 1, W::kStageRowBytes}, {n, w_row_bytes, kWarpgroupColumns}, {W::kPlanes, n * w_row_bytes, W::kPlanes}},
+                 {{w_row_bytes, 1, W::kStageRowBytes}, {n, w_row_bytes, kFixedTileN}, {W::kPlanes, n * w_row_bytes, W::kPlanes}},
                  W::kByBits ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE);
-  const int cluster = 1 << problem.cluster_log2;
   // Neighbouring clusters have the same rows of w.
-  const dim3 grid(static_cast<unsigned>(groups * cluster), static_cast<unsigned>(ranges));
-  launch_with({cluster, true}, op, gemm_fixed_kernel<Mma, W, ROWS>, grid, dim3(kFixedThreads), static_cast<size_t>(shared), stream, w_map,
-              problem);
+  const dim3 grid(static_cast<unsigned>(up(m, ROWS) * plan.cluster), static_cast<unsigned>(plan.ranges));
+  launch_with({plan.cluster, true}, op, gemm_fixed_kernel<Mma, W, ROWS>, grid, dim3(kFixedThreads), static_cast<size_t>(plan.shared_bytes),
+              stream, w_map, problem);
 }
 
 }  // namespace quest::cuda

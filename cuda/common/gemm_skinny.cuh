@@ -23,7 +23,6 @@
 #include "common/operands.cuh"
 #include "common/ptx.cuh"
 #include "common/shares.cuh"
-#include "quest/plan.h"
 
 namespace quest::cuda {
 

@@ -6,19 +6,17 @@ namespace quest::cuda {
 namespace {
 
 template <typename W>
-void run(const char* op, const Operand& w, const FixedProblem& problem, const Device& device, cudaStream_t stream) {
+void run(const char* op, const Operand& w, const FixedProblem& problem, const FixedPlan& plan, cudaStream_t stream) {
   auto run_type = [&](auto type) {
     using Mma = decltype(type);
-    const int64_t m = problem.output.m;
     if constexpr (W::kByBits) {
-      if (m == 1) return launch_fixed<Mma, W, 1>(op, w, problem, device, stream);
-      if (m == 2) return launch_fixed<Mma, W, 2>(op, w, problem, device, stream);
-      if (m <= 4) return launch_fixed<Mma, W, 4>(op, w, problem, device, stream);
+      switch (plan.rows) {
+        case 1: return launch_fixed<Mma, W, 1>(op, w, problem, plan, stream);
+        case 2: return launch_fixed<Mma, W, 2>(op, w, problem, plan, stream);
+        case 4: return launch_fixed<Mma, W, 4>(op, w, problem, plan, stream);
+      }
     }
-    // To make bits of numbers takes longest, and fewer rows a block are then more blocks that do.
-    constexpr int64_t kMostRowsOfEight = W::kByBits ? 32 : 8;
-    m > kMostRowsOfEight ? launch_fixed<Mma, W, 16>(op, w, problem, device, stream)
-                         : launch_fixed<Mma, W, 8>(op, w, problem, device, stream);
+    plan.rows == 8 ? launch_fixed<Mma, W, 8>(op, w, problem, plan, stream) : launch_fixed<Mma, W, 16>(op, w, problem, plan, stream);
   };
   problem.output.dtype == DType::kBFloat16 ? run_type(MmaBFloat16{}) : run_type(MmaFloat16{});
 }
@@ -29,8 +27,7 @@ bool gemm_weight_only_wgmma(const char* op, const void* x, const Operand& w, con
                             cudaStream_t stream) {
   const bool fp4 = is_fp4(w);
   if (!device.hopper_code || !plan_fixed(w.grid, w.layout, output.m, output.n, k)) return false;
-  constexpr int64_t kMostN = INT32_MAX / 4;  // rows of w beyond the last are reckoned with
-  if (!is_aligned(x, 16) || !is_aligned(w.data, 16) || output.n > kMostN) return false;
+  if (!is_aligned(x, 16) || !is_aligned(w.data, 16)) return false;
   FixedProblem problem{};
   problem.x = static_cast<const uint8_t*>(x);
   problem.k = static_cast<int32_t>(k);
@@ -47,7 +44,8 @@ bool gemm_weight_only_wgmma(const char* op, const void* x, const Operand& w, con
     problem.flip = flips ? 0x80808080u : 0;
     problem.spare_bits = flips ? 1 : 0;  // 255 x 2^15 x 512 would be too large
   }
-  auto run_as = [&](auto codes) { run<decltype(codes)>(op, w, problem, device, stream); };
+  const FixedPlan plan = plan_fixed_split(w.grid, w.layout, output.m, output.n, k, device.sm_count);
+  auto run_as = [&](auto codes) { run<decltype(codes)>(op, w, problem, plan, stream); };
   switch (w.layout) {
     case Layout::kPacked: fp4 ? run_as(FixedTable{}) : run_as(FixedNibbles{}); break;
     case Layout::kPlanes: w.grid.bits == 1 ? run_as(FixedBit{}) : w.grid.bits == 2 ? run_as(FixedBits<2>{}) : run_as(FixedBits<3>{}); break;

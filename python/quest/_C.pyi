@@ -14,5 +14,5 @@ def plan_operands(
     w_grid: str, a_grid: str | None, sparsity: str = "none", shape: tuple[int, int, int] | None = None
 ) -> dict[str, str]: ...
 def plan_tile(
-    family: str, m: int, n: int, k: int, compute_capability: int = 90, sm_count: int = 132
+    family: str, m: int, n: int, k: int, compute_capability: int = 90, sm_count: int = 132, w_grid: str | None = None
 ) -> dict[str, Any]: ...

@@ -20,6 +20,62 @@ TEST(Plan, PlanesWhereTheyPay) {
   }
 }
 
+// Few rows of real activations as fixed-point numbers: how a product is divided. Every product that is taken has a plan, whatever the GPU.
+TEST(Plan, FixedPointNumbers) {
+  const Grid bit{GridKind::kInt, 1}, nibble{GridKind::kInt, 4};
+  auto plan = [](Grid grid, int64_t m, int64_t n, int64_t k) {
+    return plan_fixed_split(grid, grid.bits == 1 ? Layout::kPlanes : Layout::kPacked, m, n, k, 132);
+  };
+  // A row makes few numbers: blocks need no partners along K, unless it is long. Eight rows make more.
+  EXPECT_EQ(plan(bit, 1, 22016, 4096).cluster, 1);
+  EXPECT_EQ(plan(bit, 1, 4096, 11008).cluster, 2);
+  EXPECT_EQ(plan(bit, 8, 12288, 4096).cluster, 2);
+  EXPECT_EQ(plan(bit, 8, 4096, 4096).cluster, 4);
+  EXPECT_EQ(plan(bit, 8, 4096, 11008).cluster, 4);
+  EXPECT_EQ(plan(nibble, 8, 12288, 4096).cluster, 2);
+  EXPECT_EQ(plan(nibble, 8, 4096, 4096).k_groups, 2);  // warpgroups that would have no tile share one
+  EXPECT_EQ(plan(nibble, 16, 4096, 11008).cluster, 8);
+  const std::pair<int64_t, int32_t> rows[] = {{1, 1}, {2, 2}, {3, 4}, {5, 8}, {32, 8}, {33, 16}, {256, 16}};
+  for (const auto& [m, expected] : rows) EXPECT_EQ(plan(bit, m, 4096, 4096).rows, expected) << m;
+  EXPECT_EQ(plan(nibble, 1, 12288, 4096).rows, 8);
+  EXPECT_EQ(plan(nibble, 9, 12288, 4096).rows, 16);
+
+  struct Format {
+    Grid grid;
+    Layout layout;
+  };
+  for (const Format& f : {Format{bit, Layout::kPlanes}, Format{{GridKind::kInt, 3}, Layout::kPlanes}, Format{nibble, Layout::kPacked},
+                          Format{{GridKind::kInt, 8}, Layout::kCodes}}) {
+    for (const int64_t m : {1, 2, 4, 8, 9, 17, 33, 256}) {
+      for (const int64_t n : {1, 64, 4100, 152064}) {
+        for (const int64_t k : {16, 1024, 1040, 11008, 16384, 32768}) {
+          if (!plan_fixed(f.grid, f.layout, m, n, k)) continue;
+          for (const int32_t sm_count : {1, 78, 132}) {
+            const FixedPlan p = plan_fixed_split(f.grid, f.layout, m, n, k, sm_count);
+            EXPECT_LE(p.shared_bytes, 227 * 1024);
+            EXPECT_GE(p.slots, 2);
+            EXPECT_LE(p.slots, kFixedMostSlots);
+            const int64_t tiles = (n + kFixedTileN - 1) / kFixedTileN;
+            EXPECT_LE(p.ranges, tiles);
+            EXPECT_LE((tiles + p.ranges - 1) / p.ranges, kFixedMostTiles);
+          }
+        }
+      }
+    }
+  }
+  EXPECT_CONTAINS(error_text([&] { plan(nibble, 1, 64, 64); }), "expected a product that plan_fixed takes, got 1 x 64 x 64 by int4");
+
+  auto kernel = [&](Grid grid, int64_t m, int32_t capability) {
+    return std::string(plan_weight_only(grid, m, 12288, 4096, capability, 132).kernel);
+  };
+  EXPECT_EQ(kernel(bit, 1, 90), "fixed");
+  EXPECT_EQ(kernel(bit, 1, 80), "held");
+  EXPECT_EQ(kernel(nibble, 256, 90), "fixed");
+  EXPECT_EQ(kernel({GridKind::kGauss, 4}, 16, 90), "held");
+  EXPECT_EQ(kernel(nibble, 257, 90), "m128n128");
+  EXPECT_EQ(plan_weight_only(bit, 8, 12288, 4096, 90, 132).split_k, 2);
+}
+
 TEST(Plan, OtherFamilies) {
   const Grid int4{GridKind::kInt, 4}, gauss4{GridKind::kGauss, 4}, ternary{GridKind::kTernary, 2}, int2{GridKind::kInt, 2};
   EXPECT_EQ(plan_operands(ternary, &int2, Sparsity::kNone).family, GemmFamily::kInt4);
@@ -124,6 +180,7 @@ TEST(Plan, FewRows) {
   const Grid bit{GridKind::kInt, 1}, nibble{GridKind::kInt, 4}, byte{GridKind::kInt, 8}, floats{GridKind::kFp4, 4};
   EXPECT_TRUE(plan_fixed(bit, Layout::kPlanes, 1, 64, 32768));
   EXPECT_FALSE(plan_fixed(bit, Layout::kPlanes, 1, 64, 32776));
+  EXPECT_FALSE(plan_fixed(bit, Layout::kPlanes, 1, 65535 * 64 + 1, 64));  // more ranges than a launch can have
   EXPECT_TRUE(plan_fixed(nibble, Layout::kPacked, 1, 12288, 4096));
   EXPECT_FALSE(plan_fixed(nibble, Layout::kPacked, 16, 2048, 2048));
   EXPECT_TRUE(plan_fixed(nibble, Layout::kPacked, 17, 2048, 2048));

@@ -128,6 +128,18 @@ struct Shape {
   int64_t m, n, k;
 };
 
+// Whether this GPU takes x as fixed-point numbers.
+inline bool is_fixed(Grid grid, Layout layout, int64_t m, int64_t n, int64_t k) {
+#ifdef QUEST_HAS_SM90A
+  int major = 0, minor = 0;
+  cuda_ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  cuda_ok(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+  return major == 9 && minor == 0 && plan_fixed(grid, layout, m, n, k);
+#else
+  return false;
+#endif
+}
+
 // |y - y_ref| for float32 sums of k products in any order: each of about k additions and one product rounds to 2^-24 of sums that are at
 // most the sum of magnitudes; the levels of gauss are rounded to x's type once; the output is rounded to it once. Weights of integer
 // grids may meet x as fixed-point numbers that are off by 2^-15 of the row's largest, by those of 8 bits 2^-14 (plan_fixed).
@@ -151,7 +163,7 @@ inline void check_weight_only_of(Random& random, const std::vector<float>& value
   cuda::gemm_weight_only(device_x.data(), w.device(), device_bias.data(), y.data(), dtype, m, n, k, nullptr);
   const std::vector<uint8_t> got = y.host();
   const double level_rounding = grid.kind == GridKind::kGauss && dtype != DType::kFloat32 ? rounding(dtype) : 0.0;
-  const bool fixed = dtype != DType::kFloat32 && plan_fixed(grid, layout, m, n, k);
+  const bool fixed = dtype != DType::kFloat32 && is_fixed(grid, layout, m, n, k);
   for (int64_t i = 0; i < m; ++i) {
     double largest = 0;
     for (int64_t l = 0; l < k; ++l) largest = std::max(largest, std::abs(static_cast<double>(wide[i * k + l])));
@@ -178,14 +190,14 @@ inline void check_weight_only(Random& random, Grid grid, Layout layout, DType dt
   check_weight_only_of(random, random.normals(m * k), w, dtype, m, n, k, offset);
 }
 
-// Of bfloat16, 8 rows and more: the largest sums that there are, of numbers with all bits, in both directions; rows of zeros, and of
-// numbers too small for a step of their own.
-inline void check_extremes(Random& random, Grid grid, Layout layout, int64_t m, int64_t n, int64_t k) {
+// Of bfloat16, six kinds of rows from `first_kind` on: the largest sums that there are, of numbers with all bits, in both directions; rows
+// of zeros, and of numbers too small for a step of their own.
+inline void check_extremes(Random& random, Grid grid, Layout layout, int64_t m, int64_t n, int64_t k, int64_t first_kind = 0) {
   constexpr float kAllBits = 255.0f * 0x1p-7f, kTiny = 0x1p-130f;
   std::vector<float> x = random.normals(m * k);
   const float rows[] = {kAllBits, -kAllBits, 0.0f, kTiny, 0x1p60f};
   for (int64_t i = 0; i < m; ++i) {
-    const int64_t kind = i % 8;
+    const int64_t kind = (first_kind + i) % 8;
     for (int64_t j = 0; j < k && kind < 6; ++j) x[i * k + j] = kind < 5 ? rows[kind] : j % 2 == 0 ? kAllBits : -kAllBits;
   }
   for (const Fill fill : {Fill::kTop, Fill::kBottom, Fill::kRandom}) {
@@ -230,9 +242,7 @@ inline void check_whole_numbers(Random& random, Grid grid, Layout layout, DType 
 // Rows of x with a NaN make rows of NaNs, those with an infinity too where x becomes fixed-point numbers (else none of their elements is
 // finite), and they leave the others alone.
 inline void check_rows_without_numbers(Random& random, Grid grid, Layout layout, DType dtype, int64_t m, int64_t n, int64_t k) {
-  int capability = 0;
-  cuda_ok(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, 0));
-  const bool fixed = capability == 9 && plan_fixed(grid, layout, m, n, k);
+  const bool fixed = is_fixed(grid, layout, m, n, k);
   const Matrix w(random, grid, layout, n, k);
   std::vector<float> x = random.normals(m * k);
   const OnDevice<uint8_t> finite(to_dtype(x, dtype)), expected(m * n * 2), y(m * n * 2);

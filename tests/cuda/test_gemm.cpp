@@ -505,6 +505,7 @@ TEST_F(GemmWeightOnly, EveryShape) {
     }
   }
   check_weight_only(random, {GridKind::kInt, 2}, Layout::kPlanes, DType::kBFloat16, 3, 32, 32768);
+  for (const int64_t m : {3, 17}) check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, DType::kBFloat16, m, 40, 32776);
   // One pass over K and several, of slices that are whole and are not; several units a team.
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (const int64_t m : {1, 8, 9, 16}) {
@@ -517,7 +518,7 @@ TEST_F(GemmWeightOnly, EveryShape) {
         const GridKind bytes = dtype == DType::kFloat16 ? GridKind::kIntZero : GridKind::kInt;
         check_weight_only(random, {bytes, 8}, Layout::kCodes, dtype, m, 72, k);
       }
-      // Teams of four and of two warps, and some of them without rows of w.
+      // Of rows in registers (2 bits): teams of four and of two warps, and some of them without rows of w.
       for (const int32_t bits : {1, 2}) {
         check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, 5000, 1000);
         check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, m, 20011, 200);
@@ -568,7 +569,8 @@ TEST_F(GemmWeightOnly, FixedPoint) {
   }
 }
 
-// x as fixed-point planes: every number of rows, row lengths that end anywhere in a slice, and as long as they fit.
+// x as fixed-point bits of fewer than 8 rows: every number of them, row lengths that end anywhere in a unit, and as long as they fit; tiles
+// of w by the dozen.
 TEST_F(GemmWeightOnly, FewRowsByOnePlane) {
   Random random(23);
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
@@ -577,6 +579,8 @@ TEST_F(GemmWeightOnly, FewRowsByOnePlane) {
         for (const int64_t n : {1, 17, 4000}) check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, n, k);
       }
       check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 40, 32768);
+      check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 160000, 1032);
+      if (dtype == DType::kBFloat16) check_extremes(random, {GridKind::kInt, 1}, Layout::kPlanes, m, 70, 1032, 7 - m);
     }
   }
 }

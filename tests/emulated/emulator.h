@@ -136,7 +136,6 @@ using std::min;
 inline void __syncthreads() { quest::emulated::block->named[0].sync(quest::emulated::block->meeting, blockDim.x); }
 inline void __syncwarp() { quest::emulated::block->sync_warp(threadIdx.x); }
 inline void __nanosleep(unsigned) {}
-inline uint32_t atomicAdd(uint32_t* sum, uint32_t value) { return __atomic_fetch_add(sum, value, __ATOMIC_RELAXED); }
 inline int __shfl_sync(unsigned, int value, int) { return value; }  // of what is the same in all lanes
 [[noreturn]] inline void __trap() { std::abort(); }
 
@@ -172,15 +171,8 @@ inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t sum) {
   for (int i = 0; i < 32; i += 8) sum += (a >> i & 0xFF) * (b >> i & 0xFF);
   return sum;
 }
-inline int __dp2a_lo(int a, int b, int sum) {
-  return sum + static_cast<int16_t>(a) * static_cast<int8_t>(b) + static_cast<int16_t>(a >> 16) * static_cast<int8_t>(b >> 8);
-}
 inline uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max(a & 0xFFFFu, b & 0xFFFFu) | max(a >> 16, b >> 16) << 16; }
 template <typename T>
 T atomicAdd(T* target, T value) {
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const T old = *target;
-  *target += value;
-  return old;
+  return __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
 }

@@ -11,8 +11,9 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = quest::emulated::compute_capability / 10;
-  return attribute == cudaDevAttrComputeCapabilityMajor ? cudaSuccess : cudaErrorNotSupported;
+  const bool major = attribute == cudaDevAttrComputeCapabilityMajor;
+  *value = major ? quest::emulated::compute_capability / 10 : quest::emulated::compute_capability % 10;
+  return major || attribute == cudaDevAttrComputeCapabilityMinor ? cudaSuccess : cudaErrorNotSupported;
 }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {

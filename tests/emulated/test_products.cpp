@@ -51,12 +51,24 @@ TEST(Emulated, FixedPoint) {
     emulated::multiprocessors = static_cast<int>(m);
     check_weight_only(random, kInt1Grid, Layout::kPlanes, m % 2 == 0 ? DType::kFloat16 : DType::kBFloat16, m, n, k);
   }
+  // Several tiles a warpgroup, and more than there are warps; warpgroups that share units, of which blocks have different numbers.
+  struct Divided {
+    Shape shape;
+    int cluster, k_groups, tiles;
+  };
+  emulated::multiprocessors = 1;
+  for (const auto& [s, cluster, k_groups, tiles] : {Divided{{2, 1100, 1032}, 2, 1, 18}, Divided{{4, 64, 9000}, 4, 2, 1}}) {
+    const FixedPlan plan = plan_fixed_split(kInt1Grid, Layout::kPlanes, s.m, s.n, s.k, emulated::multiprocessors);
+    ASSERT_EQ(std::tuple(plan.cluster, plan.k_groups, (s.n + 63) / 64 / plan.ranges), std::tuple(cluster, k_groups, tiles));
+    check_weight_only(random, kInt1Grid, Layout::kPlanes, DType::kBFloat16, s.m, s.n, s.k);
+  }
 }
 
 TEST(Emulated, FixedPointExtremes) {
   emulated::multiprocessors = 4;
   Random random(8);
   for (const int32_t bits : {1, 2, 3}) check_extremes(random, {GridKind::kInt, bits}, Layout::kPlanes, 17, 66, 1024);
+  for (const int64_t m : {1, 2, 4}) check_extremes(random, kInt1Grid, Layout::kPlanes, m, 66, 1024, 7 - m);
   for (const Grid grid : {kInt4Grid, kFp4Grid}) check_extremes(random, grid, Layout::kPacked, 17, 66, 512);
   for (const Grid grid : {Grid{GridKind::kInt, 7}, kInt8Grid}) check_extremes(random, grid, Layout::kCodes, 17, 66, 512);
   for (const int32_t bits : {1, 2, 3}) check_whole_numbers(random, {GridKind::kInt, bits}, Layout::kPlanes, DType::kBFloat16, 17, 66, 1160);

@@ -15,7 +15,7 @@ import torch
 from conftest import shared_data, steady_normal
 
 import quest
-from quest import cli
+from quest import _C, cli
 from quest.infer.bench import eager_quantize
 from quest.models import load_hf, load_packed, save_hf
 from quest.models.llama import Llama, LlamaConfig
@@ -129,6 +129,15 @@ def test_info_is_json(capsys: Capture) -> None:
     assert info["cpu"]["isa"] in ("portable", "avx2", "avx512")
     assert all(Path(library).is_file() for library in info["quest"]["libraries"])
     assert info["products"]["int1 × int1"].startswith("planes")
+
+
+def test_plan_of_real_activations() -> None:
+    by_bits = _C.plan_tile("weight_only", 8, 12288, 4096, w_grid="int1")
+    assert by_bits["kernel"] == "fixed"
+    assert by_bits["wgmma"]
+    assert _C.plan_tile("weight_only", 8, 12288, 4096, w_grid="gauss4")["kernel"] == "held"
+    with pytest.raises(ValueError, match="expected no w_grid for family int4, got int1"):
+        _C.plan_tile("int4", 8, 12288, 4096, w_grid="int1")
 
 
 def test_bench(capsys: Capture) -> None:

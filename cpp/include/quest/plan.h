@@ -64,7 +64,7 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capabilit
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
 
 // The kernel that holds few rows of real activations in registers: how many at once, and by how many warps of a thread block. (plan_tile
-// names it for up to plan_weight_only_rows rows, also where plan_fixed has another.)
+// names it for up to plan_weight_only_rows rows, whatever the weight; plan_weight_only knows that.)
 struct HeldPlan {
   int32_t rows, warps;
 };
@@ -75,8 +75,37 @@ HeldPlan plan_held(int32_t compute_capability);
 int64_t plan_weight_only_rows(int32_t compute_capability);
 
 // Whether Hopper's kernel that makes fixed-point numbers of few rows of real activations, some at a time, takes a product: where it is
-// faster than the kernels above, or for more rows than a product with the dequantized weight.
+// faster than the kernel above, or than a product with the dequantized weight.
 bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k);
+
+// How it divides a product: among clusters of thread blocks, which have so many rows of a and one of so many ranges of w; and along K among
+// the blocks of a cluster and some of their warpgroups.
+struct FixedPlan {
+  int32_t rows;  // of a: 1, 2 or 4 (by weights of one bit), 8 or 16
+  int32_t cluster, k_groups;
+  int32_t slots;                 // of each warpgroup's ring of w
+  int64_t ranges, shared_bytes;  // of tiles of kFixedTileN rows of w; of a thread block
+};
+FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count);
+
+constexpr int32_t kFixedTileN = 64, kFixedGroups = 4;  // warpgroups of a thread block
+constexpr int32_t kFixedMostSlots = 8, kFixedMostTiles = 32;
+// What it keeps in shared memory, in bytes. K comes in units, the weight in boxes of kFixedTileN rows. one_bit: weights that are multiplied
+// where they lie; planes: of others, or 1.
+struct FixedRoom {
+  int32_t unit_columns;
+  int32_t unit, slot;                // numbers of a, and their factors; a box of w
+  int32_t parts, part, tile_scales;  // of a tile: parts of its sums, one from each warpgroup that has some
+  int32_t other;                     // at most
+};
+constexpr FixedRoom fixed_room(bool one_bit, int32_t planes, int32_t rows) {
+  const int32_t unit_columns = one_bit ? 1024 : 512, box_row = one_bit ? 128 : 64;
+  return {unit_columns, rows * (2 * unit_columns + 8), kFixedTileN * box_row * planes, 4 * ((rows + 7) / 8), 512, 2 * kFixedTileN * 4,
+          1280};
+}
+
+// The product of real activations by a weight in its layout of plan_operands, as plan_tile for the families above.
+GemmTile plan_weight_only(Grid weight, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 
 // Whether gemm_int4, for more rows, multiplies codes as they are, two a byte, on tensor cores for 4-bit integers. Later GPUs than 8.9 only
 // emulate those, several times slower than they multiply int8.

@@ -60,22 +60,6 @@ inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int lanes) {
   among_lanes({value}, [&](auto& all) { result = all[threadIdx.x % emulated::kWarp ^ lanes][0]; });
   return result;
 }
-template <typename T, typename Operation>
-T reduce(T value, Operation operation) {
-  T result = value;
-  among_lanes({static_cast<uint32_t>(value)}, [&](auto& all) {
-    result = static_cast<T>(all[0][0]);
-    for (int lane = 1; lane < emulated::kWarp; ++lane) result = operation(result, static_cast<T>(all[lane][0]));
-  });
-  return result;
-}
-inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
-  return reduce(value, [](uint32_t a, uint32_t b) { return max(a, b); });
-}
-inline int32_t __reduce_add_sync(uint32_t, int32_t value) {
-  return reduce(value, [](int32_t a, int32_t b) { return a + b; });
-}
-
 inline void ldmatrix_x4(uint32_t (&words)[4], uint32_t address) {
   const int lane = threadIdx.x % emulated::kWarp;
   among_lanes({address}, [&](auto& lanes) {
