@@ -121,7 +121,8 @@ py::dict plan_operands(const std::string& w_grid, const std::optional<std::strin
 
 py::dict plan_tile(const std::string& family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count,
                    const std::optional<std::string>& w_grid) {
-  quest::check(!w_grid || family == "weight_only", "plan_tile: expected no w_grid for family ", family, ", got ", w_grid.value_or(""));
+  quest::check(w_grid.has_value() == (family == "weight_only"), "plan_tile: expected a w_grid for family weight_only alone, got family ",
+               family, w_grid ? " with w_grid " + *w_grid : " without");
   const quest::GemmTile tile = family == "bits" ? quest::plan_bits(m, n, k, compute_capability, sm_count)
                                : w_grid         ? quest::plan_weight_only(quest::parse_grid(*w_grid), m, n, k, compute_capability, sm_count)
                                                 : quest::plan_tile(parse_family(family), m, n, k, compute_capability, sm_count);
@@ -181,6 +182,6 @@ PYBIND11_MODULE(_C, m) {
       "Family and operand layouts of a product, and why. a_grid None: weight-only. shape: (m, n, k), on which the layout of a may depend.");
   m.def("plan_tile", &plan_tile, py::arg("family"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("compute_capability") = 90,
         py::arg("sm_count") = 132, py::arg("w_grid") = py::none(),
-        "CUDA kernel and tile that a problem gets, and why. w_grid, for weight_only: a grid such as \"int1\", on which the kernel may "
-        "depend.");
+        "CUDA kernel and tile that a problem gets, and why. w_grid: the weight's, such as \"int1\", for family weight_only (and no other), "
+        "where the kernel depends on it.");
 }

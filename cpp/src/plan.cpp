@@ -73,6 +73,9 @@ constexpr int64_t kFixedColumns = 16384, kFixedBitColumns = 32768;  // of K, who
 constexpr int64_t kFixedMostN = int64_t{65535} * kFixedTileN;       // a launch can have so many ranges, of a tile each
 constexpr int32_t kHopper = 90;
 
+// A weight whose bits are multiplied where they lie.
+bool is_one_bit(Grid weight, Layout layout) { return layout == Layout::kPlanes && weight == Grid{GridKind::kInt, 1}; }
+
 // Shared memory that a thread block can have.
 int64_t shared_bytes(int32_t compute_capability) {
   const bool large = compute_capability == 90 || compute_capability / 10 == 10;
@@ -249,8 +252,9 @@ bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capabi
 }
 
 bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k) {
-  const bool one_bit = layout == Layout::kPlanes && weight == Grid{GridKind::kInt, 1};
-  if (k == 0 || k % 8 != 0 || k > (one_bit ? kFixedBitColumns : kFixedColumns) || n > kFixedMostN || !has_values(weight)) return false;
+  const bool one_bit = is_one_bit(weight, layout);
+  if (m == 0 || n == 0 || k == 0 || k % 8 != 0 || !has_values(weight)) return false;
+  if (k > (one_bit ? kFixedBitColumns : kFixedColumns) || n > kFixedMostN) return false;
   switch (layout) {
     case Layout::kPacked: break;
     case Layout::kPlanes:
@@ -265,10 +269,10 @@ bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k) {
 }
 
 FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
-  check(plan_fixed(weight, layout, m, n, k) && m > 0 && n > 0, "plan_fixed_split: expected a product that plan_fixed takes, got ", m, " x ",
-        n, " x ", k, " by ", to_string(weight), " in layout ", to_string(layout));
+  check(plan_fixed(weight, layout, m, n, k), "plan_fixed_split: expected a product that plan_fixed takes, got ", m, " x ", n, " x ", k,
+        " by ", to_string(weight), " in layout ", to_string(layout));
   auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const bool one_bit = layout == Layout::kPlanes && weight.bits == 1;
+  const bool one_bit = is_one_bit(weight, layout);
   // To make bits of numbers takes long, and fewer rows a block are then more blocks that do.
   const int32_t rows = one_bit && m <= 2 ? static_cast<int32_t>(m) : one_bit && m <= 4 ? 4 : m <= (one_bit ? 32 : 8) ? 8 : 16;
   const FixedRoom room = fixed_room(one_bit, layout == Layout::kPlanes ? weight.bits : 1, rows);
@@ -316,10 +320,10 @@ FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int
 GemmTile plan_weight_only(Grid weight, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
   const GemmTile tile = plan_tile(GemmFamily::kWeightOnly, m, n, k, compute_capability, sm_count);
   const Layout layout = plan_operands(weight, nullptr, Sparsity::kNone).w;
-  if (compute_capability != kHopper || m == 0 || n == 0 || !plan_fixed(weight, layout, m, n, k)) return tile;
+  if (compute_capability != kHopper || !plan_fixed(weight, layout, m, n, k)) return tile;
   const FixedPlan plan = plan_fixed_split(weight, layout, m, n, k, sm_count);
-  const int32_t unit_columns = fixed_room(layout == Layout::kPlanes && weight.bits == 1, 1, plan.rows).unit_columns;
-  return {"fixed", true, plan.rows, kFixedTileN, unit_columns, plan.cluster, plan.cluster * plan.k_groups, kFixedReason};
+  const FixedRoom room = fixed_room(is_one_bit(weight, layout), 1, plan.rows);
+  return {"fixed", true, plan.rows, kFixedTileN, room.unit_columns, plan.cluster, plan.cluster * plan.k_groups, kFixedReason};
 }
 
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count) {

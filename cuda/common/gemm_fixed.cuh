@@ -23,9 +23,7 @@
 // unpacking them is cheapest.
 //
 // What bounds it: making numbers, which every cluster does for itself (a bit of each of 32 numbers to a word: 230 instructions a lane), and
-// unpacking, both integer instructions, of which a multiprocessor does 64 a cycle. At 8 x 12288 x 4096 with one bit (an H200, 5.0 us) a
-// block waits 0.5 us for a, looks for the largest magnitudes 0.25, makes bits 0.85, waits for w and the first instructions 0.3, multiplies
-// and adds up 1.0, sends and receives sums 0.3; the rest lies between kernels.
+// unpacking, both integer instructions, of which a multiprocessor does 64 a cycle.
 #pragma once
 
 #include <cstdint>
@@ -64,7 +62,7 @@ struct FixedProblem {
 // ---- one bit, multiplied where it lies
 struct FixedBit {
   static constexpr bool kByBits = true;
-  static constexpr int kUnitColumns = 1024, kStageRowBytes = 128, kPrefetched = 0;
+  static constexpr int kUnitColumns = 1024, kStageRowBytes = 128;
   static constexpr int kPieces = 1, kPlanes = 1, kShift = 0;
   static __device__ __forceinline__ int column(int warp, int t, int eight) { return 128 * warp + 32 * t + 8 * eight; }
 };
@@ -74,7 +72,7 @@ struct FixedBit {
 // are, `source` which of them is byte i of word k of the quarter. The words are 2^kShift u.
 struct FixedCodes {
   static constexpr bool kByBits = false;
-  static constexpr int kUnitColumns = 512, kStageRowBytes = 64, kPrefetched = 2;
+  static constexpr int kUnitColumns = 512, kStageRowBytes = 64;
   struct Place {
     int eight, column;
   };
@@ -152,6 +150,20 @@ __device__ __forceinline__ void transpose_bytes(uint32_t (&words)[8]) {
   stage(std::integral_constant<int, 1>(), 0x55555555u);
 }
 
+// Of words for two rows of w and columns 2t and 2t + 1 of 8, which are rows of a as often as ROWS goes into 8: the sum of the words of
+// each.
+template <int ROWS>
+__device__ __forceinline__ void add_up_bits(uint32_t (&words)[4]) {
+  constexpr int kColumns = ROWS == 1 ? 2 : 1;  // of a lane, for the same row
+#pragma unroll
+  for (int c = 0; c < 4; c += kColumns) {
+    if (kColumns == 2) words[c] += words[c + 1];
+#pragma unroll
+    for (int lanes = ROWS / 2 > 0 ? ROWS / 2 : 1; lanes < 4; lanes *= 2) words[c] += __shfl_xor_sync(0xFFFFFFFFu, words[c], lanes);
+    if (kColumns == 2) words[c + 1] = words[c];
+  }
+}
+
 // What the sums of a unit of a row of a are to be multiplied by, after `part` has been added to them.
 struct FixedRow {
   float step;
@@ -169,7 +181,8 @@ struct FixedKernel {
   static constexpr int kPlaneBytes = kWarpgroupColumns * W::kStageRowBytes, kStageBytes = W::kPlanes * kPlaneBytes;
   static constexpr int kTeamWarps = W::kUnitColumns * kTurnRows / 1024;  // that make the numbers of kTurnRows rows of a unit
   static constexpr int kTeams = kFixedGroups * 4 / kTeamWarps;
-  static constexpr int kEarlySlots = W::kByBits ? (ROWS <= 4 ? 1 : 0) : 4;  // of w, that are asked for before a is there
+  // Boxes of w of a warpgroup: brought to the second cache before the kernel before this one has ended; asked for before a is there.
+  static constexpr int kPrefetched = W::kByBits ? 0 : 2, kEarlySlots = W::kByBits ? (ROWS <= 4 ? 1 : 0) : 4;
   static_assert(W::kByBits || kTurnRows == 8, "digits come in tiles of 8 rows");
   static constexpr int kParts = 4 * kEights;  // of a tile: the sums of a warp with 8 rows. Blocks own them in turn.
   static constexpr int kPartBytes = 32 * 16;
@@ -262,9 +275,9 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     }
   } else {
     if (lane == 0) prefetch_tensor_map(&w_map);
-    // To the second cache w may come before the kernel before this one has ended: whatever that writes, goes through it.
+    // Whatever the kernel before this one still writes, goes through the second cache.
     Box box = first_box();
-    for (int i = 0; i < W::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch(&w_map, column_of(box), row_of(box), 0);
+    for (int i = 0; i < Kernel::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch(&w_map, column_of(box), row_of(box), 0);
   }
   __syncthreads();
   if (blocks > 1) cluster_arrive_relaxed();
@@ -298,8 +311,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     return;
   }
 
-  // From a to numbers, in its place. A team of warps has 8 rows of a unit, or fewer, and a lane 32 columns of one of them. (16, so that
-  // twice the warps have work: no faster. What takes long is the same for a lane, whatever it has.)
+  // From a to numbers, in its place. A team of warps has 8 rows of a unit, or fewer, and a lane 32 columns of one of them.
   constexpr int kTurnRows = Kernel::kTurnRows, kRowLanes = 32 / kTurnRows;
   constexpr int kTeamWarps = Kernel::kTeamWarps, kTeamThreads = 32 * kTeamWarps, kTeams = Kernel::kTeams;
   const int team = threadIdx.x / kTeamThreads, team_warp = threadIdx.x % kTeamThreads / 32, turns = units * kEights;
@@ -537,19 +549,9 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
             for (int i = kBits - 2; i >= 0; --i) product = (product << kStep) + static_cast<uint32_t>(counts[4 * i + c]);
             products[c] = product << first;
           }
-          if constexpr (kTurnRows == 1) products[0] += products[1], products[2] += products[3];
+          add_up_bits<kTurnRows>(products);
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            if (kTurnRows == 1 && c % 2 == 1) {
-              products[c] = products[c - 1];
-            } else {
-#pragma unroll
-              for (int lanes = kTurnRows == 4 ? 2 : 1; kTurnRows < 8 && lanes < 4; lanes *= 2) {
-                products[c] += __shfl_xor_sync(0xFFFFFFFFu, products[c], lanes);
-              }
-            }
-            add(j, c, products[c]);
-          }
+          for (int c = 0; c < 4; ++c) add(j, c, products[c]);
         }
       } else {
         int32_t accumulators[ROWS];

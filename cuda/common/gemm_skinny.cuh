@@ -231,7 +231,12 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
           for (int p = 0; p < 2; ++p) top[p] = now.w[0].words(w_source, part, p), bottom[p] = now.w[1].words(w_source, part, p);
 #pragma unroll
           for (int j = 0; j < TILES_M; ++j) {
-            const uint4 a_words = Kernel::kLoadsAhead ? now.a[Kernel::kLoadsAhead ? j : 0].part(part) : late[j].part(part);
+            uint4 a_words;
+            if constexpr (Kernel::kLoadsAhead) {
+              a_words = now.a[j].part(part);
+            } else {
+              a_words = late[j].part(part);
+            }
             const uint32_t first[4] = {top[0].x, bottom[0].x, top[0].y, bottom[0].y};
             const uint32_t second[4] = {top[1].x, bottom[1].x, top[1].y, bottom[1].y};
             Mma::mma(accumulators[j], first, a_words.x, a_words.y);

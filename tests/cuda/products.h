@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/check.h"
 #include "gpu.h"
 #include "quest/cuda/gemm.h"
 #include "quest/grid.h"
@@ -130,14 +131,7 @@ struct Shape {
 
 // Whether this GPU takes x as fixed-point numbers.
 inline bool is_fixed(Grid grid, Layout layout, int64_t m, int64_t n, int64_t k) {
-#ifdef QUEST_HAS_SM90A
-  int major = 0, minor = 0;
-  cuda_ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-  cuda_ok(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
-  return major == 9 && minor == 0 && plan_fixed(grid, layout, m, n, k);
-#else
-  return false;
-#endif
+  return cuda::current_device("is_fixed").hopper_code && plan_fixed(grid, layout, m, n, k);
 }
 
 // |y - y_ref| for float32 sums of k products in any order: each of about k additions and one product rounds to 2^-24 of sums that are at
@@ -190,18 +184,21 @@ inline void check_weight_only(Random& random, Grid grid, Layout layout, DType dt
   check_weight_only_of(random, random.normals(m * k), w, dtype, m, n, k, offset);
 }
 
-// Of bfloat16, six kinds of rows from `first_kind` on: the largest sums that there are, of numbers with all bits, in both directions; rows
-// of zeros, and of numbers too small for a step of their own.
-inline void check_extremes(Random& random, Grid grid, Layout layout, int64_t m, int64_t n, int64_t k, int64_t first_kind = 0) {
+// Of bfloat16: the largest sums that there are, of numbers with all bits, in both directions; rows of zeros, of numbers too small for a
+// step of their own, and of normal ones. As many products as it takes for every kind to have had a row.
+inline void check_extremes(Random& random, Grid grid, Layout layout, int64_t m, int64_t n, int64_t k) {
   constexpr float kAllBits = 255.0f * 0x1p-7f, kTiny = 0x1p-130f;
-  std::vector<float> x = random.normals(m * k);
+  constexpr int64_t kKinds = 8;
   const float rows[] = {kAllBits, -kAllBits, 0.0f, kTiny, 0x1p60f};
-  for (int64_t i = 0; i < m; ++i) {
-    const int64_t kind = (first_kind + i) % 8;
-    for (int64_t j = 0; j < k && kind < 6; ++j) x[i * k + j] = kind < 5 ? rows[kind] : j % 2 == 0 ? kAllBits : -kAllBits;
-  }
-  for (const Fill fill : {Fill::kTop, Fill::kBottom, Fill::kRandom}) {
-    check_weight_only_of(random, x, Matrix(random, grid, layout, n, k, fill), DType::kBFloat16, m, n, k);
+  for (int64_t first = 0; first < kKinds; first += m) {
+    std::vector<float> x = random.normals(m * k);
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t kind = (first + i) % kKinds;
+      for (int64_t j = 0; j < k && kind < 6; ++j) x[i * k + j] = kind < 5 ? rows[kind] : j % 2 == 0 ? kAllBits : -kAllBits;
+    }
+    for (const Fill fill : {Fill::kTop, Fill::kBottom, Fill::kRandom}) {
+      check_weight_only_of(random, x, Matrix(random, grid, layout, n, k, fill), DType::kBFloat16, m, n, k);
+    }
   }
 }
 

@@ -10,11 +10,6 @@ cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const bool major = attribute == cudaDevAttrComputeCapabilityMajor;
-  *value = major ? quest::emulated::compute_capability / 10 : quest::emulated::compute_capability % 10;
-  return major || attribute == cudaDevAttrComputeCapabilityMinor ? cudaSuccess : cudaErrorNotSupported;
-}
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   constexpr size_t kAlignment = 1024;

@@ -136,8 +136,10 @@ def test_plan_of_real_activations() -> None:
     assert by_bits["kernel"] == "fixed"
     assert by_bits["wgmma"]
     assert _C.plan_tile("weight_only", 8, 12288, 4096, w_grid="gauss4")["kernel"] == "held"
-    with pytest.raises(ValueError, match="expected no w_grid for family int4, got int1"):
+    with pytest.raises(ValueError, match="w_grid for family weight_only alone, got family int4 with w_grid int1"):
         _C.plan_tile("int4", 8, 12288, 4096, w_grid="int1")
+    with pytest.raises(ValueError, match="got family weight_only without"):
+        _C.plan_tile("weight_only", 8, 12288, 4096)
 
 
 def test_bench(capsys: Capture) -> None:

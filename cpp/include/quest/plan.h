@@ -64,7 +64,7 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capabilit
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
 
 // The kernel that holds few rows of real activations in registers: how many at once, and by how many warps of a thread block. (plan_tile
-// names it for up to plan_weight_only_rows rows, whatever the weight; plan_weight_only knows that.)
+// names it for up to plan_weight_only_rows rows; plan_weight_only knows what the weight is.)
 struct HeldPlan {
   int32_t rows, warps;
 };
@@ -90,12 +90,12 @@ FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int
 
 constexpr int32_t kFixedTileN = 64, kFixedGroups = 4;  // warpgroups of a thread block
 constexpr int32_t kFixedMostSlots = 8, kFixedMostTiles = 32;
-// What it keeps in shared memory, in bytes. K comes in units, the weight in boxes of kFixedTileN rows. one_bit: weights that are multiplied
-// where they lie; planes: of others, or 1.
+// What it keeps in shared memory, in bytes (the kernel asserts that it agrees). K comes in units, the weight in boxes of kFixedTileN rows.
+// one_bit: weights that are multiplied where they lie; planes: of others, or 1.
 struct FixedRoom {
   int32_t unit_columns;
-  int32_t unit, slot;                // numbers of a, and their factors; a box of w
-  int32_t parts, part, tile_scales;  // of a tile: parts of its sums, one from each warpgroup that has some
+  int32_t unit, slot;                // numbers of a, with 8 bytes of factors a row; a box of w
+  int32_t parts, part, tile_scales;  // a tile's sums are so many parts, of a warp and 8 rows each; its scales and biases
   int32_t other;                     // at most
 };
 constexpr FixedRoom fixed_room(bool one_bit, int32_t planes, int32_t rows) {
