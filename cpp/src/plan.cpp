@@ -25,6 +25,7 @@ struct TileRow {
 };
 
 constexpr TileRow kSkinny = {16, 16, "skinny", "few rows: bound by the bytes of w, which are read once, straight to registers"};
+constexpr const char* kStreamReason = "few rows: they stay in shared memory, and the bytes of w stream past them, by the copy engine";
 constexpr const char* kHeldReason = "few rows of real a: they stay in registers, and the bytes of w are read once for as many as fit";
 constexpr const char* kFixedReason =
     "few rows of real a: as fixed-point numbers they need half of the instructions, or the weight's bits none to widen them";
@@ -71,7 +72,7 @@ constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
 constexpr int64_t kFixedRows = 256, kFixedWeights = int64_t{1} << 23;
 constexpr int64_t kFixedColumns = 16384, kFixedBitColumns = 32768;  // of K, whose numbers fit in the shared memory of a cluster
 constexpr int64_t kFixedMostN = int64_t{65535} * kFixedTileN;       // a launch can have so many ranges, of a tile each
-constexpr int32_t kHopper = 90;
+constexpr int32_t kHopper = 90, kHopperMultiprocessors = 132;
 
 // A weight whose bits are multiplied where they lie.
 bool is_one_bit(Grid weight, Layout layout) { return layout == Layout::kPlanes && weight == Grid{GridKind::kInt, 1}; }
@@ -141,7 +142,8 @@ GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsit
   if (weight.bits <= 4) {
     const bool packs = codes && activation->bits <= 4;
     const GemmFamily few = packs ? GemmFamily::kInt4 : GemmFamily::kInt8;
-    if (shape != nullptr && plan_skinny(few, shape->m, shape->k, kHopper)) {
+    const bool streams = codes && shape != nullptr && plan_stream(shape->m, shape->n, shape->k, kHopperMultiprocessors);
+    if (!streams && shape != nullptr && plan_skinny(few, shape->m, shape->k, kHopper)) {
       return packs ? GemmOperands{GemmFamily::kInt4, Layout::kPacked, Layout::kPacked,
                                   "few rows: every warp reads its part of a for itself, and packed it is half as much"}
                    : GemmOperands{GemmFamily::kInt4, Layout::kValues, Layout::kPacked,
@@ -163,6 +165,10 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
   check(sm_count >= 1, "plan_tile: expected sm_count >= 1, got ", sm_count);
   const bool has_wgmma =
       family == GemmFamily::kInt8 || family == GemmFamily::kInt4 || family == GemmFamily::kPlanes || family == GemmFamily::kSparse;
+  if (family == GemmFamily::kInt4 && compute_capability == kHopper && plan_stream(m, n, k, sm_count)) {
+    const int32_t rows = plan_stream_split(m, n, k, sm_count).rows;
+    return {"stream", true, rows, kStreamTileN, kStreamColumns, kStreamBlocks, kStreamSenders, kStreamReason};
+  }
   if (plan_skinny(family, m, k, compute_capability)) return skinny_tile();
   if (family == GemmFamily::kWeightOnly && k > 0 && m <= plan_weight_only_rows(compute_capability)) {
     return {"held", false, plan_held(compute_capability).rows, kHeldUnitN, kHeldColumns, 1, 1, kHeldReason};
@@ -234,6 +240,43 @@ int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capabilit
   return 0;
 }
 
+int32_t plan_skinny_team(int64_t n, int32_t sm_count) {
+  // Thread blocks that make few tiles have few teams: then more warps share K.
+  constexpr int64_t kTeam = 4, kLargeTeam = 8;
+  const int64_t tiles = (n + kSkinnyN - 1) / kSkinnyN;
+  return tiles <= kSkinnyWarps / kLargeTeam * sm_count ? kLargeTeam : kTeam;
+}
+
+StreamPlan plan_stream_split(int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+  constexpr int64_t kFewestSlots = 2;
+  if (m < 1 || m > 32 || n < 1 || k < 1 || sm_count < kStreamBlocks) return {};
+  const int32_t rows = m <= 16 ? 16 : 32;
+  auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t tiles = up(n, kStreamTileN), ranges = std::min<int64_t>(tiles, sm_count / kStreamBlocks), each = up(tiles, ranges);
+  const int64_t parts = 4 * up(m, 8) / kStreamBlocks;  // of a tile, that a block adds up
+  const int64_t needed = up(up(k, kStreamColumns), kStreamBlocks) * stream_unit_bytes(rows) +
+                         each * (kStreamSenders * parts * kStreamPartBytes + kStreamColumnBytes) + stream_other_bytes(rows);
+  const int64_t slots = std::min<int64_t>((kHopperSharedBytes - needed) / (kStreamGroups * kStreamSlotBytes), kStreamMostSlots);
+  // One wave of thread blocks, or none: a second would start from nothing.
+  if (each > kStreamMostTiles || slots < kFewestSlots) return {};
+  return {rows, static_cast<int32_t>(slots), ranges, needed + slots * kStreamGroups * kStreamSlotBytes};
+}
+
+bool plan_stream(int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+  const StreamPlan plan = plan_stream_split(m, n, k, sm_count);
+  if (plan.rows == 0) return false;
+  // Both are as slow as their slowest block: what counts is the share of the GPU that has work, in rounds of 64 columns for a pair of
+  // blocks, and of kSkinnyN columns for each team. (The two numbers are an H200's.)
+  constexpr double kLeastShare = 0.6, kGain = 1.2;
+  auto share = [&](int64_t columns, int64_t at_once) {
+    const int64_t rounds = ((n + columns - 1) / columns + at_once - 1) / at_once;
+    return static_cast<double>(n) / static_cast<double>(columns * at_once * rounds);
+  };
+  const double stream = share(kStreamTileN, sm_count / kStreamBlocks);
+  if (m > 8) return stream > kLeastShare;
+  return stream > kGain * share(kSkinnyN, kSkinnyWarps / plan_skinny_team(n, sm_count) * sm_count);
+}
+
 HeldPlan plan_held(int32_t compute_capability) {
   // By shared memory: 218 KB, at most 134 or 67, and the sums of passes.
   const int64_t room = shared_bytes(compute_capability);
@@ -296,7 +339,7 @@ FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int
     for (int32_t k_groups = 1; k_groups <= std::min<int64_t>(kFixedGroups, most_units); k_groups *= 2) {
       // What is left beside the numbers: for a ring of at least two slots, then for what is received of each tile.
       const int64_t left = kHopperSharedBytes - room.other - most_units * room.unit, slot = kFixedGroups * room.slot;
-      const int64_t tile = (cluster * k_groups - 1) * up(room.parts, cluster) * room.part + room.tile_scales;
+      const int64_t tile = cluster * k_groups * up(room.parts, cluster) * room.part + room.tile_scales;
       if (left < 2 * slot + tile) continue;
       int64_t each = std::min<int64_t>(kFixedMostTiles, up(tiles, std::max<int64_t>(1, at_once / groups)));
       const int64_t slots = std::clamp<int64_t>((left - each * tile) / slot, 2, kFixedMostSlots);

@@ -48,9 +48,10 @@ struct IntegerEpilogue {
   // Per row and per column parts; sums are those of the kernel where sums_values is set.
   __device__ __forceinline__ uint32_t row_part(int64_t row, int32_t value_sum) const { return a.row(row, value_sum) + constant; }
   __device__ __forceinline__ uint32_t column_part(int64_t column, int32_t value_sum) const { return w.row(column, value_sum); }
-  // The column part in two steps: what is loaded, and what it becomes.
+  // Both in two steps: what is loaded, and what it becomes.
   __device__ __forceinline__ int32_t load_column(int64_t column) const { return w.load(column); }
   __device__ __forceinline__ uint32_t column_of(int32_t loaded) const { return w.of_codes(loaded); }
+  __device__ __forceinline__ uint32_t row_of(int32_t loaded) const { return a.of_codes(loaded) + constant; }
   __device__ __forceinline__ float row_scale(int64_t row) const { return a_scale[row]; }
   __device__ __forceinline__ float column_scale(int64_t column) const { return w_scale[column]; }
   __device__ __forceinline__ float product(int32_t accumulator, uint32_t row_part, uint32_t column_part) const {
@@ -76,13 +77,23 @@ __device__ __forceinline__ float scaled(float product, float row_scale, float co
   return __fmaf_rn(__fmul_rn(product, row_scale), column_scale, bias);
 }
 
-__device__ __forceinline__ void store_value(const Output& output, int64_t row, int64_t column, float y) {
-  const int64_t index = row * output.n + column;
-  switch (output.dtype) {
-    case DType::kFloat32: static_cast<float*>(output.y)[index] = y; break;
-    case DType::kBFloat16: static_cast<uint16_t*>(output.y)[index] = static_cast<uint16_t>(pack_bfloat16(y, 0.0f)); break;
-    case DType::kFloat16: static_cast<uint16_t*>(output.y)[index] = static_cast<uint16_t>(pack_float16(y, 0.0f)); break;
+__device__ __forceinline__ uint8_t* element_of(const Output& output, int64_t row, int64_t column) {
+  return static_cast<uint8_t*>(output.y) + ((row * output.n + column) << (output.dtype == DType::kFloat32 ? 2 : 1));
+}
+
+// One code for all types: kernels of a few microseconds fetch most instructions for one use, and by a switch there were three times as
+// many.
+__device__ __forceinline__ void store_at(const Output& output, uint8_t* place, float y) {
+  const uint32_t narrow = output.dtype == DType::kBFloat16 ? pack_bfloat16(y, 0.0f) : pack_float16(y, 0.0f);
+  if (output.dtype == DType::kFloat32) {
+    *reinterpret_cast<float*>(place) = y;
+  } else {
+    *reinterpret_cast<uint16_t*>(place) = static_cast<uint16_t>(narrow);
   }
+}
+
+__device__ __forceinline__ void store_value(const Output& output, int64_t row, int64_t column, float y) {
+  store_at(output, element_of(output, row, column), y);
 }
 
 // One element of y.

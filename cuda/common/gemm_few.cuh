@@ -61,12 +61,16 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   auto last_of = [&](int block) { return min(first_of(block) + share, groups); };
 
   const int warpgroup = warpgroup_index();
-  if (threadIdx.x == 0) {
-    ring.init_barriers();
-    barrier_init(all_sent, 1);
+  // One lane of each warp, of whose barriers all lanes know the place (gemm_fixed.cuh).
+  const int warp = 4 * warpgroup + warp_index();
+  if (threadIdx.x % 32 == 0) {
+    ring.init_barriers(warp, Tile::THREADS / 32);
+    if (warp == 0) {
+      barrier_init(all_sent, 1);
+      prefetch_tensor_map(&a_map);
+      prefetch_tensor_map(&w_map);
+    }
     barrier_init_fence();
-    prefetch_tensor_map(&a_map);
-    prefetch_tensor_map(&w_map);
   }
   __syncthreads();
   if (paired) {

@@ -12,7 +12,8 @@
 // unpacking the weight is cheapest.
 //
 // a goes the way of the weight: every warp loads the part of it that it multiplies, and the first cache keeps it for the next tile. (In
-// shared memory it would have to be there before the first product: 1 to 3 us.) gemm_held.cuh and gemm_fixed.cuh have real activations.
+// shared memory it would have to be there before the first product: 1 to 3 us. gemm_stream.cuh, for large weights, does that.)
+// gemm_held.cuh and gemm_fixed.cuh have real activations.
 #pragma once
 
 #include <algorithm>
@@ -23,11 +24,11 @@
 #include "common/operands.cuh"
 #include "common/ptx.cuh"
 #include "common/shares.cuh"
+#include "quest/plan.h"
 
 namespace quest::cuda {
 
-inline constexpr int kSkinnyWarps = 16, kSkinnyThreads = 32 * kSkinnyWarps;  // of a thread block
-inline constexpr int kSkinnyN = 16;
+inline constexpr int kSkinnyThreads = 32 * kSkinnyWarps;
 inline constexpr int kSkinnyParts = 2;          // of 16 bytes of a, that a lane has of a slice
 inline constexpr int kLoadedBytes = 256;        // of a lane, on their way from memory: half of its registers
 inline constexpr int kSumPitch = kSkinnyN + 4;  // words between rows of a warp's sums: its lanes then write to 32 banks
@@ -298,7 +299,6 @@ inline SkinnyRows skinny_rows(const Operand& operand, int64_t rows, int64_t k) {
   return result;
 }
 
-// Thread blocks that make few tiles have few teams: then more warps share K.
 template <typename Mma, typename W, typename A, int TILES_M>
 void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& w, const IntegerEpilogue& epilogue, const Device& device,
                          cudaStream_t stream) {
@@ -313,10 +313,7 @@ void launch_skinny_tiles(const char* op, const SkinnyRows& a, const SkinnyRows& 
     launch_with({1, device.hopper_code}, op, gemm_skinny_kernel<Mma, W, A, TILES_M, team_warps()>, dim3(static_cast<unsigned>(blocks)),
                 dim3(kSkinnyThreads), static_cast<size_t>(Kernel::kSharedBytes), stream, a, w, shares_of(eights, blocks), epilogue);
   };
-  // Teams of many warps where two of them make all tiles of a block.
-  constexpr int kTeamWarps = 4, kManyWarps = 8, kFewEights = 2 * kSkinnyWarps / kManyWarps;
-  const bool few_tiles = eights <= kFewEights * blocks;
-  few_tiles ? run(std::integral_constant<int, kManyWarps>()) : run(std::integral_constant<int, kTeamWarps>());
+  plan_skinny_team(n, device.sm_count) == 8 ? run(std::integral_constant<int, 8>()) : run(std::integral_constant<int, 4>());
 }
 
 // At most 16 rows; packed codes on both sides: at most 32.

@@ -86,7 +86,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
   const int warpgroup = warpgroup_index();
   const int rank = CLUSTER > 1 ? static_cast<int>(cluster_rank()) : 0;
   if (threadIdx.x == 0) {
-    ring.init_barriers();
+    ring.init_barriers(0, 1);
     for (int group = 0; group < Tile::MULTIPLIERS; ++group) {
       for (int buffer = 0; buffer < BUFFERS; ++buffer) {
         barrier_init(&written(group)[buffer], kWarpgroup / 32);

@@ -105,18 +105,27 @@ class ColumnLoads {
   int32_t sum_[2];
 };
 
+// What a lane has of 8 rows from first_m on and a warp's 16 columns from first_n on, element by element: two rows and two columns,
+// value(c) for row c % 2 and column c / 2.
+template <typename Value>
+__device__ __forceinline__ void store_four(const Output& y, int first_m, int first_n, Value value) {
+  const int lane = threadIdx.x % 32, m = first_m + lane % 4 * 2, n = first_n + lane / 4;
+  uint8_t* const first = element_of(y, m, n);
+  const int64_t next_row = element_of(y, 1, 0) - element_of(y, 0, 0), next_column = element_of(y, 0, 8) - element_of(y, 0, 0);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    if (m + c % 2 < y.m && n + c / 2 * 8 < y.n) store_at(y, first + c % 2 * next_row + c / 2 * next_column, value(c));
+  }
+}
+
 // 8 rows of a warpgroup's tile, element by element.
 __device__ __forceinline__ void store_group(const TileOutput& output, const int32_t (&accumulators)[4], const RowFactors* factors,
                                             const ColumnFactors& column, int first_m, int first_n) {
-  const Output& y = output.epilogue.output;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int row = threadIdx.x % 4 * 2 + c % 2, i = c / 2, n = thread_column(first_n, i);
-    if (first_m + row < y.m && n < y.n) {
-      const float product = output.epilogue.product(accumulators[c], factors[row].part, column.part[i]);
-      store_value(y, first_m + row, n, scaled(product, factors[row].scale, column.scale[i], column.bias[i]));
-    }
-  }
+  store_four(output.epilogue.output, first_m, first_n + threadIdx.x % kWarpgroup / 32 * 16, [&](int c) {
+    const RowFactors& row = factors[threadIdx.x % 4 * 2 + c % 2];
+    const float product = output.epilogue.product(accumulators[c], row.part, column.part[c / 2]);
+    return scaled(product, row.scale, column.scale[c / 2], column.bias[c / 2]);
+  });
 }
 
 // The rows from `first` on of a warpgroup's tile to a piece in shared memory. factors: of the tile's rows.

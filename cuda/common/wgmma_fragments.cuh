@@ -172,8 +172,10 @@ struct StageRing {
   uint32_t parity = 0;
 
   __device__ __forceinline__ uint8_t* a_tile() const { return shared + stage * Tile::STAGE_BYTES; }
-  __device__ __forceinline__ void init_barriers() const {
-    for (int i = 0; i < Tile::STAGES; ++i) {
+  // Those of every `step`-th stage.
+  __device__ __forceinline__ void init_barriers(int first, int step) const {
+#pragma unroll 1
+    for (int i = first; i < Tile::STAGES; i += step) {
       barrier_init(&full[i], 1);  // the copier, and the bytes
       barrier_init(&empty[i], Tile::CLUSTER * Tile::N_GROUPS * kWarpgroup / 32);
     }

@@ -1,4 +1,5 @@
 // gemm_int4 on Hopper: 4-bit weights that are widened in registers.
+#include "common/gemm_stream.cuh"
 #include "common/wgmma_launch.cuh"
 
 namespace quest::cuda {
@@ -7,11 +8,17 @@ bool gemm_int4_wgmma(const char* op, const Operand& a, const Operand& w, const O
                      cudaStream_t stream) {
   const bool even_odd = a.layout == Layout::kEvenOdd && !is_fp4(a) && !is_fp4(w);
   if (!(even_odd || is_bytes(a)) || !takes_wgmma(a, w, k, device)) return false;
-  const GemmTile tile = plan_wgmma(GemmFamily::kInt4, output.m, output.n, k, device.sm_count);
   const Affine a_map = affine(a.grid, a.layout);
+  const GemmTile tile = plan_wgmma(GemmFamily::kInt4, output.m, output.n, k, device.sm_count);
   WgmmaProblem problem{};
   if (even_odd) {
-    problem.output.epilogue = integer_epilogue(a, w, a_map, affine(w.grid, Layout::kPacked), output, k);
+    const IntegerEpilogue epilogue = integer_epilogue(a, w, a_map, affine(w.grid, Layout::kPacked), output, k);
+    const StreamPlan plan = plan_stream_split(output.m, output.n, k, device.sm_count);
+    if (plan.rows > 0) {
+      plan.rows == 16 ? launch_stream<16>(op, a, w, epilogue, plan, k, stream) : launch_stream<32>(op, a, w, epilogue, plan, k, stream);
+      return true;
+    }
+    problem.output.epilogue = epilogue;
     launch_wgmma<WgmmaUnsigned, CodeFragments>(op, tile, a, w, problem, k, device, stream);
     return true;
   }

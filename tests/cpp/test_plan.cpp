@@ -101,9 +101,11 @@ TEST(Plan, EveryRowHasATileAndAReason) {
         EXPECT_GT(tile.block_m * tile.block_n * tile.block_k, 0);
         EXPECT_GE(tile.split_k, 1);
         if (tile.wgmma) {
-          EXPECT_TRUE(tile.block_m == 16 || tile.block_m == 64 || tile.block_m == 128 || tile.block_m == 256) << tile.block_m;
+          EXPECT_TRUE(tile.block_m == 16 || tile.block_m == 32 || tile.block_m == 64 || tile.block_m == 128 || tile.block_m == 256)
+              << tile.block_m;
           EXPECT_TRUE(tile.split_k == 1 || tile.block_m <= 64) << tile.block_m;
-          EXPECT_TRUE(tile.cluster == 1 || tile.block_m == 256 || tile.split_k == 2 * kWgmmaFewSplit[0]) << tile.block_m;
+          const bool shares_k = tile.split_k == 2 * kWgmmaFewSplit[0] || tile.split_k == kStreamSenders;
+          EXPECT_TRUE(tile.cluster == 1 || tile.block_m == 256 || shares_k) << tile.block_m;
         }
         EXPECT_GT(std::strlen(tile.kernel), 0u);
         EXPECT_GT(std::strlen(tile.reason), 0u);
@@ -165,6 +167,8 @@ TEST(Plan, FewRows) {
   EXPECT_TRUE(is_skinny(GemmFamily::kInt8, 16, 4096, 32768));
   EXPECT_FALSE(is_skinny(GemmFamily::kInt8, 17, 4096, 4096));
   EXPECT_FALSE(is_skinny(GemmFamily::kSparse, 1, 4096, 4096));
+  EXPECT_EQ(plan_skinny_team(4096, 132), 8);
+  EXPECT_EQ(plan_skinny_team(12288, 132), 4);
   // Real activations stay in registers, 16 rows of them or 8 at a time.
   auto is_held = [](int64_t m, int32_t capability) {
     return std::string(plan_tile(GemmFamily::kWeightOnly, m, 4096, 11008, capability, 132).kernel) == "held";
@@ -192,17 +196,49 @@ TEST(Plan, FewRows) {
   EXPECT_FALSE(plan_fixed(nibble, Layout::kPacked, 17, 4096, 16392));
   EXPECT_FALSE(plan_fixed(byte, Layout::kCodes, 17, 4096, 4104));
 
-  // The activation is packed where that kernel takes it, and the weight never depends on the shape.
+  // The activation is packed where the first of these kernels takes it, and the weight never depends on the shape.
   const Grid int4{GridKind::kInt, 4}, int8{GridKind::kInt, 8}, fp4{GridKind::kFp4, 4};
   auto layout = [&](Grid a, GemmShape shape) { return plan_operands(int4, &a, Sparsity::kNone, &shape).a; };
-  EXPECT_EQ(layout(int4, {16, 4096, 4096}), Layout::kPacked);
-  EXPECT_EQ(layout(int4, {32, 4096, 4096}), Layout::kPacked);
+  EXPECT_EQ(layout(int4, {8, 4096, 4096}), Layout::kPacked);
+  EXPECT_EQ(layout(int4, {8, 12288, 4096}), Layout::kEvenOdd);
+  EXPECT_EQ(layout(int4, {16, 4096, 4096}), Layout::kEvenOdd);
+  EXPECT_EQ(layout(int4, {32, 22016, 4096}), Layout::kPacked);
   EXPECT_EQ(layout(int4, {64, 12288, 4096}), Layout::kEvenOdd);
   EXPECT_EQ(layout(int4, {4096, 4096, 4096}), Layout::kEvenOdd);
-  EXPECT_EQ(layout(int8, {16, 4096, 4096}), Layout::kValues);
+  EXPECT_EQ(layout(int8, {8, 4096, 4096}), Layout::kValues);
+  EXPECT_EQ(layout(int8, {16, 4096, 4096}), Layout::kEvenOdd);
   EXPECT_EQ(layout(int8, {4096, 4096, 4096}), Layout::kEvenOdd);
   EXPECT_EQ(layout(fp4, {16, 4096, 4096}), Layout::kValues);
   EXPECT_EQ(plan_operands(int4, &int4, Sparsity::kNone).a, Layout::kEvenOdd);
+}
+
+TEST(Plan, StreamedWeight) {
+  // One wave of pairs of thread blocks, and room for a, what is received, and two slots a ring at least.
+  const StreamPlan plan = plan_stream_split(16, 12288, 4096, 132);
+  EXPECT_EQ(plan.rows, 16);
+  EXPECT_EQ(plan.ranges, 66);
+  EXPECT_EQ(plan.slots, 5);
+  EXPECT_LE(plan.shared_bytes, 227 * 1024);
+  EXPECT_EQ(plan_stream_split(17, 12288, 4096, 132).rows, 32);
+  EXPECT_EQ(plan_stream_split(5, 100, 40, 132).ranges, 2);
+  EXPECT_EQ(plan_stream_split(33, 12288, 4096, 132).rows, 0);
+  EXPECT_EQ(plan_stream_split(32, 22016, 4096, 132).rows, 0);
+  EXPECT_EQ(plan_stream_split(1, 12288, 65536, 132).rows, 0);
+  EXPECT_EQ(plan_stream_split(1, 128256, 4096, 132).rows, 0);
+  EXPECT_EQ(plan_stream_split(1, 64, 64, 1).rows, 0);
+  // Faster than teams of warps where those leave more of the GPU idle, or have two tiles of rows.
+  EXPECT_TRUE(plan_stream(1, 12288, 4096, 132));
+  EXPECT_TRUE(plan_stream(8, 11264, 2048, 132));
+  EXPECT_FALSE(plan_stream(8, 22016, 4096, 132));
+  EXPECT_FALSE(plan_stream(8, 4096, 4096, 132));
+  EXPECT_TRUE(plan_stream(9, 22016, 4096, 132));
+  EXPECT_TRUE(plan_stream(16, 4096, 11008, 132));
+  EXPECT_FALSE(plan_stream(16, 2048, 5632, 132));
+  EXPECT_TRUE(plan_stream(32, 4096, 4096, 132));
+  const GemmTile tile = plan_tile(GemmFamily::kInt4, 16, 4096, 4096, 90, 132);
+  EXPECT_EQ(std::string(tile.kernel), "stream");
+  EXPECT_EQ(tile.split_k, 4);
+  EXPECT_EQ(std::string(plan_tile(GemmFamily::kInt4, 16, 4096, 4096, 80, 132).kernel), "skinny");
 }
 
 TEST(Plan, BitsThatStay) {

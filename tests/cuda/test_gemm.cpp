@@ -141,6 +141,27 @@ TEST_F(Gemm, FewRows) {
   }
 }
 
+// On Hopper few rows in the order of kEvenOdd stay in shared memory while w streams past them: one tile a pair of thread blocks, and
+// several; K of one unit, and of more than a ring has slots; the most columns that there is room for.
+TEST_F(Gemm, StreamedWeight) {
+  Random random(41);
+  const Grid int8{GridKind::kInt, 8}, int4{GridKind::kInt, 4}, int3{GridKind::kIntZero, 3};
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{5, 48}, {1403, 4096}, {700, 11008}, {6007, 1040}, {17003, 96}, {60001, 64}}) {
+    const Matrix w4(random, int4, Layout::kPacked, n, k), w3(random, int3, Layout::kPacked, n, k);
+    for (const int64_t m : {1, 8, 9, 16, 17, 32}) {
+      check_product(kInt4, Matrix(random, int4, Layout::kEvenOdd, m, k), w4, m, n, k);
+      check_product(kInt4, Matrix(random, int3, Layout::kEvenOdd, m, k), w3, m, n, k, DType::kBFloat16);
+      check_product(kInt4, Matrix(random, int8, Layout::kEvenOdd, m, k), w4, m, n, k, DType::kFloat16);
+    }
+  }
+  for (const Fill fill : {Fill::kTop, Fill::kBottom}) {
+    const Matrix w(random, int4, Layout::kPacked, 150, 16384, fill);
+    for (const int64_t m : {3, 16, 30}) {
+      check_product(kInt4, Matrix(random, int8, Layout::kEvenOdd, m, 16384, fill), w, m, 150, 16384);
+    }
+  }
+}
+
 TEST_F(Gemm, PlanesOfEveryPairOfBits) {
   Random random(4);
   for (int32_t bits_a = 1; bits_a <= 4; ++bits_a) {

@@ -30,6 +30,29 @@ TEST(Emulated, FewRows) {
   }
 }
 
+// Few rows that stay in shared memory while w streams past them: K that ends within a unit, of one unit for two blocks, of more units than
+// a ring has slots; tiles of all warpgroups, several each, and fewer than there are.
+TEST(Emulated, StreamedWeight) {
+  Random random(9);
+  struct Case {
+    int multiprocessors;
+    int64_t n, k;
+  };
+  for (const auto& [multiprocessors, n, k] : {Case{2, 40, 200}, Case{2, 330, 1100}, Case{4, 190, 4640}, Case{3, 300, 512}}) {
+    emulated::multiprocessors = multiprocessors;
+    const Matrix w4(random, kInt4Grid, Layout::kPacked, n, k), w3(random, kIntZero3Grid, Layout::kPacked, n, k);
+    for (const int64_t m : {1, 9, 16, 17, 30}) {
+      ASSERT_EQ(plan_stream_split(m, n, k, multiprocessors).rows, m <= 16 ? 16 : 32);
+      check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), w4, m, n, k);
+      check_product(kInt4, Matrix(random, kInt8Grid, Layout::kEvenOdd, m, k), w3, m, n, k, DType::kBFloat16);
+    }
+  }
+  for (const Fill fill : {Fill::kTop, Fill::kBottom}) {
+    const Matrix w(random, kInt4Grid, Layout::kPacked, 70, 8200, fill);
+    check_product(kInt4, Matrix(random, kInt8Grid, Layout::kEvenOdd, 9, 8200, fill), w, 9, 70, 8200, DType::kFloat16);
+  }
+}
+
 // Real activations as fixed-point numbers: units that are whole and that are not; one block and several that share K, equally and not;
 // several tiles a block, and groups of rows.
 TEST(Emulated, FixedPoint) {

@@ -63,6 +63,34 @@ int64_t stationary_stages(int32_t block_n, int64_t k);  // what the shared memor
 int32_t plan_skinny_rows(GemmFamily family, int64_t k, int32_t compute_capability);
 bool plan_skinny(GemmFamily family, int64_t m, int64_t k, int32_t compute_capability);
 
+// Its thread blocks have teams of so many warps (of kSkinnyWarps), which share K and make kSkinnyN columns at a time.
+constexpr int32_t kSkinnyWarps = 16, kSkinnyN = 16;
+int32_t plan_skinny_team(int64_t n, int32_t sm_count);
+
+// Hopper's kernel for few rows of codes in the order of kEvenOdd, which stay in shared memory, and a packed weight, which streams past
+// them: whether it is faster than plan_skinny's.
+bool plan_stream(int64_t m, int64_t n, int64_t k, int32_t sm_count);
+
+// How it divides a product: among pairs of thread blocks, which share K and have one of so many ranges of w, of tiles of kStreamTileN rows.
+// Two and two of a block's warpgroups share K again.
+struct StreamPlan {
+  int32_t rows;                  // of a that the kernel has room for, 16 or 32; 0: it does not take the product
+  int32_t slots;                 // of each warpgroup's ring of w
+  int64_t ranges, shared_bytes;  // shared_bytes: of a thread block
+};
+StreamPlan plan_stream_split(int64_t m, int64_t n, int64_t k, int32_t sm_count);
+
+constexpr int32_t kStreamTileN = 64, kStreamColumns = 256;  // of K: a unit
+constexpr int32_t kStreamGroups = 4, kStreamKGroups = 2, kStreamBlocks = 2;
+constexpr int32_t kStreamSenders = kStreamKGroups * kStreamBlocks;  // of sums of a tile
+constexpr int32_t kStreamMostSlots = 8, kStreamMostTiles = 16;
+// What it keeps in shared memory, in bytes (the kernel asserts that it agrees).
+constexpr int32_t kStreamSlotBytes = kStreamTileN * kStreamColumns / 2;              // a box of w
+constexpr int32_t kStreamPartBytes = 512;                                            // sums of a warp and 8 rows
+constexpr int32_t kStreamColumnBytes = kStreamTileN * 12;                            // scales, biases, code sums of a tile
+constexpr int32_t stream_unit_bytes(int32_t rows) { return rows * kStreamColumns; }  // of a
+constexpr int32_t stream_other_bytes(int32_t rows) { return 8 * rows + 8 * (2 * kStreamGroups * kStreamMostSlots + kStreamMostTiles); }
+
 // The kernel that holds few rows of real activations in registers: how many at once, and by how many warps of a thread block. (plan_tile
 // names it for up to plan_weight_only_rows rows; plan_weight_only knows what the weight is.)
 struct HeldPlan {
@@ -88,7 +116,7 @@ struct FixedPlan {
 };
 FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count);
 
-constexpr int32_t kFixedTileN = 64, kFixedGroups = 4;  // warpgroups of a thread block
+constexpr int32_t kFixedTileN = 64, kFixedGroupsLog2 = 2, kFixedGroups = 1 << kFixedGroupsLog2;  // warpgroups of a thread block
 constexpr int32_t kFixedMostSlots = 8, kFixedMostTiles = 32;
 // What it keeps in shared memory, in bytes (the kernel asserts that it agrees). K comes in units, the weight in boxes of kFixedTileN rows.
 // one_bit: weights that are multiplied where they lie; planes: of others, or 1.
