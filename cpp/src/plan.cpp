@@ -339,7 +339,7 @@ FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int
     for (int32_t k_groups = 1; k_groups <= std::min<int64_t>(kFixedGroups, most_units); k_groups *= 2) {
       // What is left beside the numbers: for a ring of at least two slots, then for what is received of each tile.
       const int64_t left = kHopperSharedBytes - room.other - most_units * room.unit, slot = kFixedGroups * room.slot;
-      const int64_t tile = cluster * k_groups * up(room.parts, cluster) * room.part + room.tile_scales;
+      const int64_t tile = (cluster * k_groups - 1) * up(room.parts, cluster) * room.part + room.tile_scales;
       if (left < 2 * slot + tile) continue;
       int64_t each = std::min<int64_t>(kFixedMostTiles, up(tiles, std::max<int64_t>(1, at_once / groups)));
       const int64_t slots = std::clamp<int64_t>((left - each * tile) / slot, 2, kFixedMostSlots);

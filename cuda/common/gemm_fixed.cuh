@@ -219,8 +219,8 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   const int tiles = problem.tiles.first(range + 1) - problem.tiles.first(range);
   const int first_unit = problem.units.first(rank), units = problem.units.first(rank + 1) - first_unit;
   const int k_group = warpgroup & (k_groups - 1), first_tile = warpgroup >> problem.k_groups_log2;
-  const int stride_log2 = kFixedGroupsLog2 - problem.k_groups_log2, tile_stride = 1 << stride_log2;
-  const int senders = blocks << problem.k_groups_log2, own_parts = (Kernel::kParts + blocks - 1) >> problem.cluster_log2;
+  const int tile_stride = kFixedGroups >> problem.k_groups_log2;
+  const int senders = (blocks << problem.k_groups_log2) - 1, own_parts = (Kernel::kParts + blocks - 1) >> problem.cluster_log2;
 
   // The same places in all blocks of a cluster, which may differ by a unit.
   const int most_units = problem.units.most();
@@ -259,8 +259,9 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   // One lane of each warp, of whose barriers all lanes know the place: for places that differ the compiler makes a loop over the lanes.
   if (warpgroup < kFixedGroups) {
     if (lane == 0) {
-#pragma unroll 1
-      for (int slot = warp; slot < problem.slots; slot += 4) {
+#pragma unroll
+      for (int slot = warp; slot < kFixedMostSlots; slot += 4) {
+        if (slot >= problem.slots) break;
         barrier_init(&full[slot], 1);  // the copier, and the bytes
         barrier_init(&empty[slot], kWarpgroup / 32);
       }
@@ -268,7 +269,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
 #pragma unroll 1
       for (int tile = warpgroup * 4 + warp; tile < tiles; tile += kFixedGroups * 4) {
         barrier_init(&sent[tile], 1 + owned * (k_groups - 1) * 32);  // this thread, and lanes of this block; the bytes of others
-        barrier_expect(&sent[tile], owned * (senders - k_groups) * Kernel::kPartBytes);
+        barrier_expect(&sent[tile], owned * (senders - (k_groups - 1)) * Kernel::kPartBytes);
       }
       barrier_init_fence();
     }
@@ -330,7 +331,6 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     return W::kByBits ? place + eight * Kernel::kEightBytes + block * kTurnRows * 128 : place + (block * ROWS + eight * 8) * 128;
   };
   auto factors_of = [&](int turn) { return factors + turn / kEights * ROWS + turn % kEights * 8; };
-#pragma unroll 1
   for (int turn = team; turn < turns; turn += kTeams) {
     const int thread = threadIdx.x % kTeamThreads;
 #pragma unroll
@@ -344,17 +344,15 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     if (thread < kTurnRows) factors_of(turn)[thread].part = 0;
   }
   cp_async_commit();
-#pragma unroll 1
   for (int i = threadIdx.x; i < tiles * kWarpgroupColumns; i += kFixedGroups * kWarpgroup) {
     const bool exists = first_n + i < y.n;
     const int n = exists ? first_n + i : 0;
     cp_async_4(&scales[i], problem.w_scale + n, exists);
-    cp_async_4(&biases[i], y.bias + n, exists && y.bias != nullptr);
+    if (y.bias != nullptr) cp_async_4(&biases[i], y.bias + n, exists);
   }
   cp_async_commit();
   cp_async_wait<1>();
   team_barrier(team == 0 ? 32 : 0);  // the first team's with the copier
-#pragma unroll 1
   for (int turn = team; turn < turns; turn += kTeams) {
     auto& largest = team_left.largest[turn / kTeams % 2][turn_row];
     uint4 x[4] = {};
@@ -476,6 +474,37 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     }
   };
 
+  // A tile whose sums are on their way: what this warpgroup has of them.
+  struct {
+    int index;
+    float sums[kEights][4];
+  } last;
+  last.index = -1;
+  auto finish = [&] {
+    if (last.index < 0 || k_group > 0) return;
+    if (senders > 0) barrier_wait(&sent[last.index], 0);
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) {
+      const int part = warp * kEights + j;
+      if ((part & (blocks - 1)) != rank) continue;
+      float sums[4] = {last.sums[j][0], last.sums[j][1], last.sums[j][2], last.sums[j][3]};
+      const int4* source = received + (last.index * senders * own_parts + (part >> problem.cluster_log2)) * 32 + lane;
+      for (int i = 0; i < senders; ++i, source += own_parts * 32) {
+        const int4 words = *source;
+        sums[0] += __int_as_float(words.x), sums[1] += __int_as_float(words.y);
+        sums[2] += __int_as_float(words.z), sums[3] += __int_as_float(words.w);
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int m = 8 * j + 2 * t + c % 2, column = last.index * kWarpgroupColumns + warp * 16 + group + c / 2 * 8;
+        const float bias = y.bias != nullptr ? biases[column] : 0.0f;
+        if (m < rows && first_n + column < y.n) {
+          store_value(y, first_row + m, first_n + column, scaled(sums[c], 1.0f, scales[column], bias));
+        }
+      }
+    }
+  };
+
   Words even, odd;
   if constexpr (!W::kByBits) {
     if (first_tile < tiles && k_group < units) unpack(even, 0);
@@ -484,122 +513,102 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   async_proxy_fence();
   named_barrier(1, kFixedGroups * kWarpgroup);  // all numbers are there, and the scales
   if (blocks > 1) cluster_wait();               // for the other blocks' barriers
-  // A pass multiplies a tile and adds up the one before, whose sums have been on their way meanwhile. Of a block, the warpgroups that share
-  // K add up tiles in turn.
-  auto adder_of = [&](int tile) { return tile >> stride_log2 & (k_groups - 1); };
-  int before = -1;
-#pragma unroll 1
-  for (int tile = first_tile;; tile += tile_stride) {
-    if (tile < tiles) {
-      float sums[kEights][4];
+  for (int tile = first_tile; tile < tiles; tile += tile_stride) {
+    float sums[kEights][4];
 #pragma unroll
-      for (auto& four : sums) four[0] = four[1] = four[2] = four[3] = 0.0f;
-      for (int unit = k_group; unit < units; unit += k_groups) {
-        auto add = [&](int j, int c, uint32_t product) {
-          const FixedRow row = factors[unit * ROWS + 8 * j + (2 * t + c % 2) % kTurnRows];
-          sums[j][c] += row.step * static_cast<float>(static_cast<int32_t>(problem.mul * product + row.part));
-        };
-        if constexpr (W::kByBits) {
-          barrier_wait(&full[slot], parity);
-          const uint64_t a_tile = swizzled_tile(ring + slot * kStageBytes);
-          // All bits of the numbers of 8 rows, or fewer, at a time. While they are added up, other warpgroups multiply.
+    for (auto& four : sums) four[0] = four[1] = four[2] = four[3] = 0.0f;
+    for (int unit = k_group; unit < units; unit += k_groups) {
+      auto add = [&](int j, int c, uint32_t product) {
+        const FixedRow row = factors[unit * ROWS + 8 * j + (2 * t + c % 2) % kTurnRows];
+        sums[j][c] += row.step * static_cast<float>(static_cast<int32_t>(problem.mul * product + row.part));
+      };
+      if constexpr (W::kByBits) {
+        barrier_wait(&full[slot], parity);
+        const uint64_t a_tile = swizzled_tile(ring + slot * kStageBytes);
+        // All bits of the numbers of 8 rows, or fewer, at a time. While they are added up, other warpgroups multiply.
 #pragma unroll
-          for (int j = 0; j < kEights; ++j) {
-            const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes + j * Kernel::kEightBytes);
-            int32_t counts[8 * kTurnRows];
-            wgmma_fence();
+        for (int j = 0; j < kEights; ++j) {
+          const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes + j * Kernel::kEightBytes);
+          int32_t counts[8 * kTurnRows];
+          wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < 4; ++i) WgmmaBits::mma(counts, a_tile + 2 * i, b_tile + 2 * i, i != 0);
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_owned(counts);
-            if (j + 1 == kEights) give_back();
-            // Columns are kTurnRows bit + row: of 8 rows a lane has all bits, of fewer those with the numbers kStep i + `first`.
-            constexpr int kStep = 8 / kTurnRows, kBits = 16 / kStep;
-            uint32_t products[4];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              const int first = (2 * t + c % 2) / kTurnRows;
-              uint32_t product = static_cast<uint32_t>(counts[4 * (kBits - 1) + c]);
-              if (first == kStep - 1) product = 0u - product;
-#pragma unroll
-              for (int i = kBits - 2; i >= 0; --i) product = (product << kStep) + static_cast<uint32_t>(counts[4 * i + c]);
-              products[c] = product << first;
-            }
-            add_up_bits<kTurnRows>(products);
-#pragma unroll
-            for (int c = 0; c < 4; ++c) add(j, c, products[c]);
-          }
-        } else {
-          int32_t accumulators[ROWS];
-          const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes);
-          auto multiply = [&](int quarter, const Words& words) {
-            wgmma_fence();
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              WgmmaInt8::mma(accumulators, words[i], b_tile + quarter * (Kernel::kQuarterBytes / 16) + 2 * i, (quarter | i) != 0);
-            }
-            wgmma_commit();
-            wgmma_wait<1>();  // the products before these
-          };
-          multiply(0, even);
-          unpack(odd, 1);
-          multiply(1, odd);
-          unpack(even, 2);
-          multiply(2, even);
-          unpack(odd, 3);
-          multiply(3, odd);
-          if (unit + k_groups < units || tile + tile_stride < tiles) unpack(even, 0);
+          for (int i = 0; i < 4; ++i) WgmmaBits::mma(counts, a_tile + 2 * i, b_tile + 2 * i, i != 0);
+          wgmma_commit();
           wgmma_wait<0>();
-          wgmma_owned(accumulators);
+          wgmma_owned(counts);
+          if (j + 1 == kEights) give_back();
+          // Columns are kTurnRows bit + row: of 8 rows a lane has all bits, of fewer those with the numbers kStep i + `first`.
+          constexpr int kStep = 8 / kTurnRows, kBits = 16 / kStep;
+          uint32_t products[4];
 #pragma unroll
-          for (int j = 0; j < kEights; ++j) {
+          for (int c = 0; c < 4; ++c) {
+            const int first = (2 * t + c % 2) / kTurnRows;
+            uint32_t product = static_cast<uint32_t>(counts[4 * (kBits - 1) + c]);
+            if (first == kStep - 1) product = 0u - product;
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              add(j, c, 256 * static_cast<uint32_t>(accumulators[4 * j + c]) + static_cast<uint32_t>(accumulators[4 * (j + kEights) + c]));
-            }
+            for (int i = kBits - 2; i >= 0; --i) product = (product << kStep) + static_cast<uint32_t>(counts[4 * i + c]);
+            products[c] = product << first;
+          }
+          add_up_bits<kTurnRows>(products);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) add(j, c, products[c]);
+        }
+      } else {
+        int32_t accumulators[ROWS];
+        const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes);
+        auto multiply = [&](int quarter, const Words& words) {
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            WgmmaInt8::mma(accumulators, words[i], b_tile + quarter * (Kernel::kQuarterBytes / 16) + 2 * i, (quarter | i) != 0);
+          }
+          wgmma_commit();
+          wgmma_wait<1>();  // the products before these
+        };
+        multiply(0, even);
+        unpack(odd, 1);
+        multiply(1, odd);
+        unpack(even, 2);
+        multiply(2, even);
+        unpack(odd, 3);
+        multiply(3, odd);
+        if (unit + k_groups < units || tile + tile_stride < tiles) unpack(even, 0);
+        wgmma_wait<0>();
+        wgmma_owned(accumulators);
+#pragma unroll
+        for (int j = 0; j < kEights; ++j) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            add(j, c, 256 * static_cast<uint32_t>(accumulators[4 * j + c]) + static_cast<uint32_t>(accumulators[4 * (j + kEights) + c]));
           }
         }
       }
+    }
 #pragma unroll
-      for (int j = 0; j < kEights; ++j) {
-        const int part = warp * kEights + j, owner = part & (blocks - 1), sender = (rank << problem.k_groups_log2) + k_group;
-        int4* const target = received + ((tile * senders + sender) * own_parts + (part >> problem.cluster_log2)) * 32 + lane;
-        int32_t words[4];
+    for (int j = 0; j < kEights; ++j) {
+      const int part = warp * kEights + j, owner = part & (blocks - 1), sender = (rank << problem.k_groups_log2) + k_group;
+      if (owner == rank && k_group == 0) continue;
+      const int place = sender - (sender > owner << problem.k_groups_log2);
+      int4* const target = received + ((tile * senders + place) * own_parts + (part >> problem.cluster_log2)) * 32 + lane;
+      int32_t words[4];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) words[c] = __float_as_int(sums[j][c]);
-        if (owner != rank) {
-          store_async(owner, target, words, &sent[tile]);
-        } else {
-          *target = make_int4(words[0], words[1], words[2], words[3]);
-          if (k_group != adder_of(tile)) barrier_arrive(&sent[tile]);  // the adder's own threads read what they wrote
-        }
+      for (int c = 0; c < 4; ++c) words[c] = __float_as_int(sums[j][c]);
+      if (owner == rank) {
+        *target = make_int4(words[0], words[1], words[2], words[3]);
+        barrier_arrive(&sent[tile]);
+      } else {
+        store_async(owner, target, words, &sent[tile]);
       }
     }
-    if (before >= 0 && adder_of(before) == k_group) {
-      barrier_wait(&sent[before], 0);
-#pragma unroll 1
-      for (int j = 0; j < kEights; ++j) {
-        const int part = warp * kEights + j;
-        if ((part & (blocks - 1)) != rank) continue;
-        float sums[4] = {};
-        const int4* source = received + (before * senders * own_parts + (part >> problem.cluster_log2)) * 32 + lane;
-#pragma unroll 2
-        for (int i = 0; i < senders; ++i, source += own_parts * 32) {
-          const int4 words = *source;
-          sums[0] += __int_as_float(words.x), sums[1] += __int_as_float(words.y);
-          sums[2] += __int_as_float(words.z), sums[3] += __int_as_float(words.w);
-        }
-        const int first = before * kWarpgroupColumns + warp * 16;
-        store_four(y, first_row + 8 * j, first_n + first, [&](int c) {
-          const int column = first + group + c / 2 * 8;
-          return scaled(sums[c], 1.0f, scales[column], y.bias != nullptr ? biases[column] : 0.0f);
-        });
-      }
+    finish();
+    last.index = tile;
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) last.sums[j][c] = sums[j][c];
     }
-    if (tile >= tiles) break;
-    before = tile;
   }
+  finish();
 #else
   __trap();  // the host launches this where Device::hopper_code alone
 #endif

@@ -116,7 +116,7 @@ struct FixedPlan {
 };
 FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count);
 
-constexpr int32_t kFixedTileN = 64, kFixedGroupsLog2 = 2, kFixedGroups = 1 << kFixedGroupsLog2;  // warpgroups of a thread block
+constexpr int32_t kFixedTileN = 64, kFixedGroups = 4;  // warpgroups of a thread block
 constexpr int32_t kFixedMostSlots = 8, kFixedMostTiles = 32;
 // What it keeps in shared memory, in bytes (the kernel asserts that it agrees). K comes in units, the weight in boxes of kFixedTileN rows.
 // one_bit: weights that are multiplied where they lie; planes: of others, or 1.
