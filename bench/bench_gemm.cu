@@ -155,7 +155,7 @@ void check_reals(const std::string& name, const Arena& arena, const Codes& w, co
 // a_grid: nullptr for activations of bfloat16.
 void bench_shape(const std::string& name, const Grid* a_grid, Grid w_grid, Sparsity sparsity, int64_t m, int64_t n, int64_t k,
                  const Arena& arena) {
-  const GemmShape mnk{m, n, k};
+  const GemmShape mnk = cuda::shape_on_device(m, n, k);
   const GemmOperands operands = plan_operands(w_grid, a_grid, sparsity, &mnk);
   Product product = cuda::gemm_int8;
   HostProduct host_product = gemm_int8;

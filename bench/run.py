@@ -531,8 +531,16 @@ def fp8_backend(x: Tensor, w: Tensor, check: Callable[[Any], None]) -> Backend:
     return Backend((x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)), call, check)
 
 
+def gpu_model(device: str) -> tuple[int, int]:
+    """Compute capability and multiprocessors, as plan_operands takes them."""
+    if device == "cpu":
+        return 0, 0
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return 10 * gpu.major + gpu.minor, gpu.multi_processor_count
+
+
 def product_problem(product: Product, device: str, real: torch.dtype, m: int, n: int, k: int) -> Problem:
-    plan = _C.plan_operands(product.weight, product.activation, product.sparsity, (m, n, k))
+    plan = _C.plan_operands(product.weight, product.activation, product.sparsity, (m, n, k), *gpu_model(device))
     sparse = "-4:8" if product.sparsity == "4:8" else ""
     w_text, a_text = f"{product.weight}-hadamard{sparse}-ste", f"{product.activation}-hadamard-ste"
     x = torch.randn(m, k, device=device, dtype=real)

@@ -2,7 +2,7 @@
 // QUEST_BACKEND_CUDA defined, into libquest_ops_cuda for CUDA. The two differ only in what this header defines:
 //
 //   backend::      the namespace whose hadamard, quantize, ... run (quest or quest::cuda)
-//   Execution      where they run: torch's thread pool, or the device and current stream of a tensor
+//   Execution      where they run: torch's thread pool, or the device and current stream of a tensor; and what plan_operands asks of it
 //   QUEST_DISPATCH the dispatch key of QUEST_IMPL registrations
 #pragma once
 
@@ -37,6 +37,7 @@ class Execution {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   operator cudaStream_t() const { return stream_; }
+  static GemmShape shape(int64_t m, int64_t n, int64_t k) { return quest::cuda::shape_on_device(m, n, k); }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -49,6 +50,7 @@ class Execution {
 
 #include "quest/gemm.h"
 #include "quest/packing.h"
+#include "quest/plan.h"
 #include "quest/quantize.h"
 #include "quest/rotation.h"
 
@@ -64,6 +66,7 @@ class Execution {
   operator ParallelFor() const {
     return [](int64_t begin, int64_t end, int64_t grain, const RangeBody& body) { torch::stable::parallel_for(begin, end, grain, body); };
   }
+  static GemmShape shape(int64_t m, int64_t n, int64_t k) { return {m, n, k, 0, 0}; }
 };
 
 }  // namespace quest::bindings

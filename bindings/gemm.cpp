@@ -219,7 +219,7 @@ Tensor linear(const Tensor& x, std::string a_quantizer, const Tensor& w, const T
   check(activation.sparsity == Sparsity::kNone, op, ": expected a dense activation quantizer, got ", a_quantizer);
   const int64_t k = quantized_width(op, x, prologue.kind);
   const Shape lead = lead_shape(x);
-  const GemmShape mnk{product(lead), w_scale.numel(), k};
+  const GemmShape mnk = Execution(x).shape(product(lead), w_scale.numel(), k);
   const GemmOperands plan = plan_operands(weight.grid, &activation.grid, weight.sparsity, &mnk);
   check(plan.family != GemmFamily::kDequantized, op, ": ", a_quantizer, " x ", w_quantizer, " is no product of integers; dequantize both");
   const Tensor flat = torch::stable::reshape(x, Shape{product(lead), x.size(x.dim() - 1)});

@@ -104,11 +104,11 @@ quest::GemmFamily parse_family(const std::string& text) {
 }
 
 py::dict plan_operands(const std::string& w_grid, const std::optional<std::string>& a_grid, const std::string& sparsity,
-                       const std::optional<std::tuple<int64_t, int64_t, int64_t>>& shape) {
+                       const std::optional<std::tuple<int64_t, int64_t, int64_t>>& shape, int32_t compute_capability, int32_t sm_count) {
   quest::Grid activation;
   if (a_grid) activation = quest::parse_grid(*a_grid);
   quest::GemmShape mnk{};
-  if (shape) std::tie(mnk.m, mnk.n, mnk.k) = *shape;
+  if (shape) mnk = {std::get<0>(*shape), std::get<1>(*shape), std::get<2>(*shape), compute_capability, sm_count};
   const quest::GemmOperands plan =
       quest::plan_operands(quest::parse_grid(w_grid), a_grid ? &activation : nullptr, parse_sparsity(sparsity), shape ? &mnk : nullptr);
   py::dict result;
@@ -179,7 +179,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("a_grid"), py::arg("w_grid"), "The largest K for which the product's exact sum fits int32.");
   m.def(
       "plan_operands", &plan_operands, py::arg("w_grid"), py::arg("a_grid"), py::arg("sparsity") = "none", py::arg("shape") = py::none(),
-      "Family and operand layouts of a product, and why. a_grid None: weight-only. shape: (m, n, k), on which the layout of a may depend.");
+      py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
+      "Family and operand layouts of a product, and why. a_grid None: weight-only. shape: (m, n, k), on which, and on the GPU, the layout "
+      "of a may depend.");
   m.def("plan_tile", &plan_tile, py::arg("family"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("compute_capability") = 90,
         py::arg("sm_count") = 132, py::arg("w_grid") = py::none(),
         "CUDA kernel and tile that a problem gets, and why. w_grid: the weight's, such as \"int1\", for family weight_only (and no other), "

@@ -21,6 +21,14 @@ struct Device {
   bool hopper_code;      // the code of sm_90a runs here: it was built, and this is 9.0
 };
 
+// Shared memory that a thread block on the current device can ask for.
+inline int most_shared_bytes(const char* op) {
+  int device = 0, bytes = 0;
+  check_cuda(op, cudaGetDevice(&device));
+  check_cuda(op, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 // The current device; throws unless the kernels run on it.
 inline Device current_device(const char* op) {
 #ifdef QUEST_HAS_SM90A
@@ -28,14 +36,13 @@ inline Device current_device(const char* op) {
 #else
   constexpr bool kHasHopperCode = false;
 #endif
-  int device = 0, major = 0, minor = 0, sm_count = 0, shared_bytes = 0;
+  int device = 0, major = 0, minor = 0, sm_count = 0;
   check_cuda(op, cudaGetDevice(&device));
   check_cuda(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   check_cuda(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   check_cuda(op, cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
-  check_cuda(op, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check(major >= 8, op, ": expected a GPU of compute capability 8.0 or later, got ", major, ".", minor, "; move the tensors to the CPU");
-  return {10 * major + minor, sm_count, shared_bytes, kHasHopperCode && major == 9 && minor == 0};
+  return {10 * major + minor, sm_count, most_shared_bytes(op), kHasHopperCode && major == 9 && minor == 0};
 }
 
 inline void check_aligned(const char* op, const char* argument, const void* pointer) {
@@ -62,9 +69,11 @@ struct LaunchOptions {
 template <typename... Parameters, typename... Arguments>
 void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t stream, const Arguments&... arguments) {
-  if (shared_bytes > 0) {  // beyond 48 KB, static shared memory included, only for the asking
+  // Beyond 48 KB only for the asking. What is asked for belongs to the kernel, not to this launch, and another thread may be launching it
+  // with another size: therefore always all that there is. (Kernels with dynamic shared memory have no other.)
+  if (shared_bytes > 48 * 1024) {
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
+                                        most_shared_bytes(op)));
   }
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};

@@ -2,7 +2,7 @@
 //
 // Split of the work. A pair of thread blocks, a cluster, has all rows of a and some neighbouring tiles of 64 rows of w; its blocks share K.
 // Of a block's four warpgroups two make one tile and two the next, and share the block's units of 256 columns of K. All four that have a
-// part of a tile's integers send them to the block and the warpgroup that add them up (st.async): one launch, no workspace.
+// part of a tile's integers bring them to the block and the warpgroup that add them up (st.async): one launch, no workspace.
 //
 // The weight is the left operand and goes through registers, where its codes are widened. The copy engine brings 64 of its rows at a time
 // to a ring of each warpgroup; one more warp starts the copies, a lane for each warpgroup. a is in the order of kEvenOdd, so that the low
@@ -67,8 +67,11 @@ struct StreamCodes {
 template <int ROWS>
 struct StreamKernel {
   static constexpr int kUnitBytes = stream_unit_bytes(ROWS), kHalfBytes = kUnitBytes / 2;
-  static_assert(kHalfBytes == ROWS * kStreamRowBytes &&
-                    stream_other_bytes(ROWS) == 8 * ROWS + 8 * (kStreamGroups * 2 * kStreamMostSlots + kStreamMostTiles),
+  static constexpr int kFactorBytes = ROWS * (sizeof(float) + sizeof(uint32_t));
+  static constexpr int kBarriers = kStreamGroups * 2 * kStreamMostSlots + kStreamMostTiles;
+  static_assert(kHalfBytes == ROWS * kStreamRowBytes && kStreamSlotBytes == kStreamTileN * kStreamRowBytes &&
+                    kStreamPartBytes == 32 * sizeof(int4) && kStreamColumnBytes == kStreamTileN * (2 * sizeof(float) + sizeof(uint32_t)) &&
+                    stream_other_bytes(ROWS) == kFactorBytes + kBarriers * sizeof(uint64_t),
                 "the plan reckons with them");
 };
 
@@ -173,15 +176,16 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
     const bool exists = threadIdx.x < rows;
     const int m = exists ? static_cast<int>(threadIdx.x) : 0;
     cp_async_4(&row_scales[threadIdx.x], epilogue.a_scale + m, exists);
-    cp_async_4(&row_parts[threadIdx.x], epilogue.a.code_sum + m, exists && epilogue.a.weight != 0);
+    const bool summed = exists && epilogue.a.weight != 0;
+    cp_async_4(&row_parts[threadIdx.x], epilogue.a.code_sum + (summed ? m : 0), summed);
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < tiles * kStreamTileN; i += kStreamGroups * kWarpgroup) {
-    const bool exists = first_n + i < y.n;
-    const int n = exists ? first_n + i : 0;
-    cp_async_4(&column_scales[i], epilogue.w_scale + n, exists);
-    cp_async_4(&column_parts[i], epilogue.w.code_sum + n, exists && epilogue.w.weight != 0);
-    cp_async_4(&biases[i], y.bias + n, exists && y.bias != nullptr);
+    const bool exists = first_n + i < y.n, summed = exists && epilogue.w.weight != 0, biased = exists && y.bias != nullptr;
+    const int n = first_n + i;
+    cp_async_4(&column_scales[i], epilogue.w_scale + (exists ? n : 0), exists);
+    cp_async_4(&column_parts[i], epilogue.w.code_sum + (summed ? n : 0), summed);
+    cp_async_4(&biases[i], y.bias + (biased ? n : 0), biased);
   }
   cp_async_commit();
   cp_async_wait<0>();

@@ -54,6 +54,12 @@ void launch_native(const char* op, const GemmTile& tile, const Operand& a, const
 
 }  // namespace
 
+GemmShape shape_on_device(int64_t m, int64_t n, int64_t k) {
+  const Device device = current_device("shape_on_device");
+  const bool no_code = device.compute_capability == 90 && !device.hopper_code;
+  return {m, n, k, no_code ? 89 : device.compute_capability, device.sm_count};
+}
+
 void gemm_int4(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                cudaStream_t stream) {
   const char* op = "gemm_int4";

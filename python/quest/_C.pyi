@@ -11,7 +11,12 @@ def default_block(k: int) -> int: ...
 def default_bound(quantizer: str) -> float | None: ...
 def max_gemm_depth(a_grid: str, w_grid: str) -> int: ...
 def plan_operands(
-    w_grid: str, a_grid: str | None, sparsity: str = "none", shape: tuple[int, int, int] | None = None
+    w_grid: str,
+    a_grid: str | None,
+    sparsity: str = "none",
+    shape: tuple[int, int, int] | None = None,
+    compute_capability: int = 90,
+    sm_count: int = 132,
 ) -> dict[str, str]: ...
 def plan_tile(
     family: str, m: int, n: int, k: int, compute_capability: int = 90, sm_count: int = 132, w_grid: str | None = None

@@ -226,6 +226,23 @@ TEST(Plan, StreamedWeight) {
   EXPECT_EQ(plan_stream_split(1, 12288, 65536, 132).rows, 0);
   EXPECT_EQ(plan_stream_split(1, 128256, 4096, 132).rows, 0);
   EXPECT_EQ(plan_stream_split(1, 64, 64, 1).rows, 0);
+  const Grid codes{GridKind::kInt, 4};
+  for (const int32_t sm_count : {2, 3, 78, 114, 132}) {
+    for (const int64_t m : {1, 8, 9, 16, 17, 32}) {
+      for (const int64_t n : {1, 64, 65, 4096, 12288, 67584, 67585}) {
+        for (const int64_t k : {1, 256, 257, 4096, 11008, 19456}) {
+          const StreamPlan split = plan_stream_split(m, n, k, sm_count);
+          EXPECT_LE(split.shared_bytes, 227 * 1024);
+          EXPECT_TRUE(split.rows == 0 || (split.rows >= m && split.slots >= 2 && 2 * split.ranges <= sm_count));
+          EXPECT_TRUE(split.rows > 0 || !plan_stream(m, n, k, sm_count));
+          // The other two plans agree.
+          const GemmShape shape{m, n, k, 90, sm_count};
+          const bool streams = std::string(plan_tile(GemmFamily::kInt4, m, n, k, 90, sm_count).kernel) == "stream";
+          EXPECT_EQ(streams, plan_operands(codes, &codes, Sparsity::kNone, &shape).a == Layout::kEvenOdd);
+        }
+      }
+    }
+  }
   // Faster than teams of warps where those leave more of the GPU idle, or have two tiles of rows.
   EXPECT_TRUE(plan_stream(1, 12288, 4096, 132));
   EXPECT_TRUE(plan_stream(8, 11264, 2048, 132));
@@ -234,11 +251,16 @@ TEST(Plan, StreamedWeight) {
   EXPECT_TRUE(plan_stream(9, 22016, 4096, 132));
   EXPECT_TRUE(plan_stream(16, 4096, 11008, 132));
   EXPECT_FALSE(plan_stream(16, 2048, 5632, 132));
+  EXPECT_FALSE(plan_stream(16, 6144, 2048, 132));
   EXPECT_TRUE(plan_stream(32, 4096, 4096, 132));
   const GemmTile tile = plan_tile(GemmFamily::kInt4, 16, 4096, 4096, 90, 132);
   EXPECT_EQ(std::string(tile.kernel), "stream");
   EXPECT_EQ(tile.split_k, 4);
   EXPECT_EQ(std::string(plan_tile(GemmFamily::kInt4, 16, 4096, 4096, 80, 132).kernel), "skinny");
+  for (const int32_t capability : {0, 80, 89, 100, 120}) {
+    const GemmShape shape{16, 4096, 4096, capability, 132};
+    EXPECT_EQ(plan_operands(codes, &codes, Sparsity::kNone, &shape).a, Layout::kPacked);
+  }
 }
 
 TEST(Plan, BitsThatStay) {

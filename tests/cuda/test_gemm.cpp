@@ -142,24 +142,51 @@ TEST_F(Gemm, FewRows) {
 }
 
 // On Hopper few rows in the order of kEvenOdd stay in shared memory while w streams past them: one tile a pair of thread blocks, and
-// several; K of one unit, and of more than a ring has slots; the most columns that there is room for.
+// several; K of one unit, and of more than a ring has slots; on 132 multiprocessors the most tiles that there is room for.
 TEST_F(Gemm, StreamedWeight) {
   Random random(41);
   const Grid int8{GridKind::kInt, 8}, int4{GridKind::kInt, 4}, int3{GridKind::kIntZero, 3};
-  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{5, 48}, {1403, 4096}, {700, 11008}, {6007, 1040}, {17003, 96}, {60001, 64}}) {
+  auto expect_streamed = [](int64_t m, int64_t n, int64_t k) { EXPECT_EQ(plan_stream_split(m, n, k, 132).rows, m <= 16 ? 16 : 32); };
+  struct Case {
+    int64_t n, k, most_rows;
+  };
+  for (const auto& [n, k, most_rows] : {Case{5, 48, 32}, Case{1403, 4096, 32}, Case{700, 11008, 16}, Case{700, 8192, 32},
+                                        Case{6007, 1040, 32}, Case{17003, 96, 32}, Case{67501, 64, 16}}) {
     const Matrix w4(random, int4, Layout::kPacked, n, k), w3(random, int3, Layout::kPacked, n, k);
     for (const int64_t m : {1, 8, 9, 16, 17, 32}) {
+      if (m > most_rows) continue;
+      expect_streamed(m, n, k);
       check_product(kInt4, Matrix(random, int4, Layout::kEvenOdd, m, k), w4, m, n, k);
       check_product(kInt4, Matrix(random, int3, Layout::kEvenOdd, m, k), w3, m, n, k, DType::kBFloat16);
       check_product(kInt4, Matrix(random, int8, Layout::kEvenOdd, m, k), w4, m, n, k, DType::kFloat16);
     }
   }
   for (const Fill fill : {Fill::kTop, Fill::kBottom}) {
-    const Matrix w(random, int4, Layout::kPacked, 150, 16384, fill);
-    for (const int64_t m : {3, 16, 30}) {
-      check_product(kInt4, Matrix(random, int8, Layout::kEvenOdd, m, 16384, fill), w, m, 150, 16384);
+    for (const auto& [m, k] : {std::pair<int64_t, int64_t>{3, 16384}, {16, 16384}, {30, 8192}}) {
+      expect_streamed(m, 150, k);
+      check_product(kInt4, Matrix(random, int8, Layout::kEvenOdd, m, k, fill), Matrix(random, int4, Layout::kPacked, 150, k, fill), m, 150,
+                    k);
     }
   }
+}
+
+// Products by one kernel, each with shared memory of its own size, in one graph.
+TEST_F(Gemm, StreamedWeightsInAGraph) {
+  Random random(42);
+  const Grid int4{GridKind::kInt, 4};
+  constexpr int64_t m = 16, n = 150, large_k = 8192, small_k = 512;
+  EXPECT_NE(plan_stream_split(m, n, large_k, 132).shared_bytes, plan_stream_split(m, n, small_k, 132).shared_bytes);
+  const Matrix large_a(random, int4, Layout::kEvenOdd, m, large_k), large_w(random, int4, Layout::kPacked, n, large_k);
+  const Matrix small_a(random, int4, Layout::kEvenOdd, m, small_k), small_w(random, int4, Layout::kPacked, n, small_k);
+  const OnDevice<float> large(m * n), small(m * n), captured_large(m * n), captured_small(m * n);
+  auto multiply = [&](const OnDevice<float>& large_y, const OnDevice<float>& small_y, cudaStream_t stream) {
+    cuda::gemm_int4(large_a.device(), large_w.device(), nullptr, large_y.data(), DType::kFloat32, m, n, large_k, stream);
+    cuda::gemm_int4(small_a.device(), small_w.device(), nullptr, small_y.data(), DType::kFloat32, m, n, small_k, stream);
+  };
+  multiply(large, small, nullptr);
+  testing::run_captured([&](cudaStream_t capturing) { multiply(captured_large, captured_small, capturing); });
+  EXPECT_TRUE(bitwise_equal(large.host(), captured_large.host(), n));
+  EXPECT_TRUE(bitwise_equal(small.host(), captured_small.host(), n));
 }
 
 TEST_F(Gemm, PlanesOfEveryPairOfBits) {

@@ -43,13 +43,17 @@ TEST(Emulated, StreamedWeight) {
     const Matrix w4(random, kInt4Grid, Layout::kPacked, n, k), w3(random, kIntZero3Grid, Layout::kPacked, n, k);
     for (const int64_t m : {1, 9, 16, 17, 30}) {
       ASSERT_EQ(plan_stream_split(m, n, k, multiprocessors).rows, m <= 16 ? 16 : 32);
-      check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), w4, m, n, k);
+      check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), w4, m, n, k, DType::kFloat32, /*with_bias=*/m % 2 == 0);
       check_product(kInt4, Matrix(random, kInt8Grid, Layout::kEvenOdd, m, k), w3, m, n, k, DType::kBFloat16);
     }
   }
+  emulated::multiprocessors = 4;
   for (const Fill fill : {Fill::kTop, Fill::kBottom}) {
     const Matrix w(random, kInt4Grid, Layout::kPacked, 70, 8200, fill);
-    check_product(kInt4, Matrix(random, kInt8Grid, Layout::kEvenOdd, 9, 8200, fill), w, 9, 70, 8200, DType::kFloat16);
+    for (const int64_t m : {9, 17}) {
+      ASSERT_GT(plan_stream_split(m, 70, 8200, emulated::multiprocessors).rows, 0);
+      check_product(kInt4, Matrix(random, kInt8Grid, Layout::kEvenOdd, m, 8200, fill), w, m, 70, 8200, DType::kFloat16);
+    }
   }
 }
 

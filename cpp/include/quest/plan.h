@@ -22,9 +22,10 @@ struct GemmOperands {
 };
 struct GemmShape {
   int64_t m, n, k;
+  int32_t compute_capability = 90, sm_count = 132;  // of the GPU; 0: none
 };
 // activation: nullptr for weight-only. sparsity: of the weight. shape: of the product; where it is given, the activation's layout is the
-// one for so many rows on a Hopper GPU.
+// one for so many rows on that GPU.
 GemmOperands plan_operands(Grid weight, const Grid* activation, Sparsity sparsity, const GemmShape* shape = nullptr);
 
 // The CUDA kernel variant and tile for one problem.
@@ -36,8 +37,9 @@ struct GemmTile {
   int32_t split_k;                    // warpgroups, of all blocks of the cluster, that share one output tile along K
   const char* reason;
 };
-// compute_capability: 90 for 9.0. Operands that the copy engine cannot read (rows that start at no multiple of 16 bytes, layouts that have
-// to be widened for both sides) get plan_mma_sync's tile instead, those that the kernel for few rows does not take plan_wgmma's.
+// compute_capability: 90 for 9.0. For an activation in plan_operands' layout; kInt4: of int grids. Operands that the copy engine cannot
+// read (rows that start at no multiple of 16 bytes, layouts that have to be widened for both sides) get plan_mma_sync's tile instead, those
+// that the kernels for few rows do not take plan_wgmma's.
 GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count);
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
@@ -68,7 +70,7 @@ constexpr int32_t kSkinnyWarps = 16, kSkinnyN = 16;
 int32_t plan_skinny_team(int64_t n, int32_t sm_count);
 
 // Hopper's kernel for few rows of codes in the order of kEvenOdd, which stay in shared memory, and a packed weight, which streams past
-// them: whether it is faster than plan_skinny's.
+// them: whether it is faster than plan_skinny's. (It takes more products, faster than plan_wgmma's tiles do.)
 bool plan_stream(int64_t m, int64_t n, int64_t k, int32_t sm_count);
 
 // How it divides a product: among pairs of thread blocks, which share K and have one of so many ranges of w, of tiles of kStreamTileN rows.

@@ -1,6 +1,7 @@
 // cuda/common/check.h with a launch that runs the kernel on threads of the host.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -66,6 +67,11 @@ void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Pa
       }
     }
     for (std::thread& thread : running) thread.join();
+    for (const auto& block_of : owned) {
+      const uint8_t *end = block_of->shared + emulated::kSharedBytes, *rest = block_of->shared + shared_bytes;
+      check(std::all_of(rest, end, [](uint8_t byte) { return byte == 0xA5; }), op, ": a thread block wrote beyond its ", shared_bytes,
+            " bytes of shared memory");
+    }
   }
 }
 

@@ -13,8 +13,12 @@
 #include <cstdint>
 
 #include "quest/gemm.h"
+#include "quest/plan.h"
 
 namespace quest::cuda {
+
+// A product's shape and the current device, for plan_operands. (Without the code of sm_90a, Hopper counts as the generation before it.)
+GemmShape shape_on_device(int64_t m, int64_t n, int64_t k);
 
 void gemm_int8(const Operand& a, const Operand& w, const float* bias, void* y, DType dtype, int64_t m, int64_t n, int64_t k,
                cudaStream_t stream);
