@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -70,10 +71,10 @@ template <typename... Parameters, typename... Arguments>
 void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t stream, const Arguments&... arguments) {
   // Beyond 48 KB only for the asking. What is asked for belongs to the kernel, not to this launch, and another thread may be launching it
-  // with another size: therefore always all that there is. (Kernels with dynamic shared memory have no other.)
+  // with another size: therefore always as good as all that there is (a KB is left for static shared memory).
   if (shared_bytes > 48 * 1024) {
-    check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        most_shared_bytes(op)));
+    const int bytes = std::max(static_cast<int>(shared_bytes), most_shared_bytes(op) - 1024);
+    check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   }
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
