@@ -37,7 +37,7 @@ class Execution {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   operator cudaStream_t() const { return stream_; }
-  static GemmShape shape(int64_t m, int64_t n, int64_t k) { return quest::cuda::shape_on_device(m, n, k); }
+  GemmShape shape(int64_t m, int64_t n, int64_t k) const { return quest::cuda::shape_on_device(m, n, k); }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -66,7 +66,7 @@ class Execution {
   operator ParallelFor() const {
     return [](int64_t begin, int64_t end, int64_t grain, const RangeBody& body) { torch::stable::parallel_for(begin, end, grain, body); };
   }
-  static GemmShape shape(int64_t m, int64_t n, int64_t k) { return {m, n, k, 0, 0}; }
+  GemmShape shape(int64_t m, int64_t n, int64_t k) const { return {m, n, k, 0, 0}; }
 };
 
 }  // namespace quest::bindings

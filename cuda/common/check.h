@@ -22,28 +22,26 @@ struct Device {
   bool hopper_code;      // the code of sm_90a runs here: it was built, and this is 9.0
 };
 
-// Shared memory that a thread block on the current device can ask for.
-inline int most_shared_bytes(const char* op) {
-  int device = 0, bytes = 0;
-  check_cuda(op, cudaGetDevice(&device));
-  check_cuda(op, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
-}
-
-// The current device; throws unless the kernels run on it.
+// The current device; throws unless the kernels run on it. (Each launch asks, some of them twice, so a thread remembers its last one.)
 inline Device current_device(const char* op) {
 #ifdef QUEST_HAS_SM90A
   constexpr bool kHasHopperCode = true;
 #else
   constexpr bool kHasHopperCode = false;
 #endif
-  int device = 0, major = 0, minor = 0, sm_count = 0;
+  thread_local int known = -1;
+  thread_local Device result{};
+  int device = 0, major = 0, minor = 0, sm_count = 0, shared_bytes = 0;
   check_cuda(op, cudaGetDevice(&device));
+  if (device == known) return result;
   check_cuda(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   check_cuda(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   check_cuda(op, cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
+  check_cuda(op, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check(major >= 8, op, ": expected a GPU of compute capability 8.0 or later, got ", major, ".", minor, "; move the tensors to the CPU");
-  return {10 * major + minor, sm_count, most_shared_bytes(op), kHasHopperCode && major == 9 && minor == 0};
+  result = {10 * major + minor, sm_count, shared_bytes, kHasHopperCode && major == 9 && minor == 0};
+  known = device;
+  return result;
 }
 
 inline void check_aligned(const char* op, const char* argument, const void* pointer) {
@@ -73,8 +71,9 @@ void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Pa
   // Beyond 48 KB only for the asking. What is asked for belongs to the kernel, not to this launch, and another thread may be launching it
   // with another size: therefore always as good as all that there is (a KB is left for static shared memory).
   if (shared_bytes > 48 * 1024) {
-    const int bytes = std::max(static_cast<int>(shared_bytes), most_shared_bytes(op) - 1024);
-    check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    const int64_t bytes = std::max(static_cast<int64_t>(shared_bytes), current_device(op).shared_bytes - 1024);
+    check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(bytes)));
   }
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};

@@ -81,8 +81,7 @@ __device__ __forceinline__ uint8_t* element_of(const Output& output, int64_t row
   return static_cast<uint8_t*>(output.y) + ((row * output.n + column) << (output.dtype == DType::kFloat32 ? 2 : 1));
 }
 
-// One code for all types: kernels of a few microseconds fetch most instructions for one use, and by a switch there were three times as
-// many.
+// One code for all types: kernels of a few microseconds fetch most instructions for one use, and a switch has a store for each type.
 __device__ __forceinline__ void store_at(const Output& output, uint8_t* place, float y) {
   const uint32_t narrow = output.dtype == DType::kBFloat16 ? pack_bfloat16(y, 0.0f) : pack_float16(y, 0.0f);
   if (output.dtype == DType::kFloat32) {

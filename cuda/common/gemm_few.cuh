@@ -15,8 +15,7 @@
 
 namespace quest::cuda {
 
-// PACKED_: a is packed too, which is half as much for the second cache to put out; the warps beside the copier widen it in shared memory.
-template <typename Mma_, typename Fragments_, int BLOCK_M_, int N_GROUPS_, bool PACKED_ = false>
+template <typename Mma_, typename Fragments_, int BLOCK_M_, int N_GROUPS_>
 struct FewTile : Warpgroups<N_GROUPS_, kWgmmaFewSplit[N_GROUPS_ - 1]> {
   using Groups = Warpgroups<N_GROUPS_, kWgmmaFewSplit[N_GROUPS_ - 1]>;
   using Groups::MULTIPLIERS, Groups::BLOCK_N, Groups::N_GROUPS, Groups::K_GROUPS;
@@ -24,15 +23,13 @@ struct FewTile : Warpgroups<N_GROUPS_, kWgmmaFewSplit[N_GROUPS_ - 1]> {
   using Fragments = Fragments_;
   static constexpr int BLOCK_M = BLOCK_M_, CLUSTER = 1;  // blocks that copy a for each other
   static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
-  static constexpr bool PACKED = PACKED_;
-  static constexpr int PACKED_BYTES = PACKED ? A_BYTES / 2 : 0, WIDENERS = 3;  // warps
-  static constexpr int COPIED_BYTES = W_BYTES + (PACKED ? PACKED_BYTES : A_BYTES), STAGE_BYTES = W_BYTES + A_BYTES + PACKED_BYTES;
+  static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int FACTORS_BYTES = N_GROUPS * BLOCK_M * static_cast<int>(sizeof(RowFactors));
   static constexpr int SENT_BYTES = N_GROUPS == 1 ? K_GROUPS * kWarpgroup * 16 : 0;  // by the other block, at most
-  static constexpr int OTHER_BYTES = FACTORS_BYTES + SENT_BYTES + 640;               // 640: the mbarriers
+  static constexpr int OTHER_BYTES = FACTORS_BYTES + SENT_BYTES + 512;               // 512: the mbarriers
   static constexpr int STAGES = std::min((227 * 1024 - OTHER_BYTES) / STAGE_BYTES / K_GROUPS * K_GROUPS, 24);
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + OTHER_BYTES;
-  static_assert(STAGES >= 2 * K_GROUPS && (3 * STAGES + 1) * 8 <= 640, "a ring of stages");
+  static_assert(STAGES >= 2 * K_GROUPS && (2 * STAGES + 1) * 8 <= 512, "a ring of stages");
   static constexpr int COPIER_REGISTERS = 32, MULTIPLIER_REGISTERS = MULTIPLIERS == 4 ? 112 : 152;
   static_assert(N_GROUPS > 1 || BLOCK_M / 8 <= 2 * K_GROUPS, "a warpgroup is sent one group of 8 rows at most");
   static_assert(COPIER_REGISTERS + MULTIPLIERS * MULTIPLIER_REGISTERS <= (1 + MULTIPLIERS) * (65536 / Groups::THREADS / 8 * 8),
@@ -51,8 +48,8 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   RowFactors* const row_factors = reinterpret_cast<RowFactors*>(shared + STAGES * Tile::STAGE_BYTES);
   int4* const sent = reinterpret_cast<int4*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(sent) + Tile::SENT_BYTES);
-  StageRing<Tile> ring{shared, barriers, barriers + STAGES, barriers + 2 * STAGES};
-  uint64_t* const all_sent = barriers + 3 * STAGES;
+  StageRing<Tile> ring{shared, barriers, barriers + STAGES};
+  uint64_t* const all_sent = barriers + 2 * STAGES;
 
   // Of the pair of blocks that shares a tile; each makes y of some groups of 8 rows, of one group the first alone.
   const int paired = problem.paired, rank = static_cast<int>(blockIdx.x) & paired;
@@ -89,9 +86,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
 
   if (warpgroup == 0) {
     registers_shrink<Tile::COPIER_REGISTERS>();
-    if (Tile::PACKED && warp_index() != 0) {
-      for (int i = 0; i < steps.count() * K_GROUPS; ++i) ring.widen(static_cast<int>(threadIdx.x) - 32);
-    } else if (threadIdx.x == 0) {  // and no more code follows, or the compiler would not let one thread use uniform registers
+    if (threadIdx.x == 0) {  // and no more code follows, or the compiler would not let one thread use uniform registers
       StepCursor step(steps);
       for (int i = 0; i < steps.count(); ++i) {
         for (int k_group = 0; k_group < K_GROUPS; ++k_group) {

@@ -37,13 +37,11 @@ struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
   using Warpgroups<MULTIPLIERS_>::MULTIPLIERS, Warpgroups<MULTIPLIERS_>::BLOCK_N;
   using Mma = Mma_;
   using Fragments = Fragments_;
-  static constexpr bool PACKED = false;
-  static constexpr int WIDENERS = 0;
   static constexpr int BLOCK_M = BLOCK_M_, CLUSTER = BLOCK_M == 256 ? 2 : 1;
   using Piece = OutputPiece<64>;  // of y, that a warpgroup hands over at once, through buffers of its own
   static constexpr int BUFFERS = 2;
   static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
-  static constexpr int STAGE_BYTES = W_BYTES + A_BYTES, COPIED_BYTES = STAGE_BYTES;
+  static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int STORES_BYTES = MULTIPLIERS * BUFFERS * Piece::BYTES;
   static constexpr int FACTORS_BYTES = MULTIPLIERS * BLOCK_M * static_cast<int>(sizeof(RowFactors));
   static constexpr int OTHER_BYTES = STORES_BYTES + FACTORS_BYTES + 256;  // 256: the mbarriers

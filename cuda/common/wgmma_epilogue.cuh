@@ -66,7 +66,7 @@ class RowLoads {
     for (int i = 0; i < kRows; ++i) {
       const int in_tile = i * kWarpgroup + static_cast<int>(threadIdx.x % kWarpgroup);
       if (in_tile < BLOCK_M) {
-        factors[in_tile] = {scale_[i], output.epilogue.a.of_codes(sum_[i]) + output.epilogue.constant};
+        factors[in_tile] = {scale_[i], output.epilogue.row_of(sum_[i])};
       }
     }
   }
@@ -97,7 +97,7 @@ class ColumnLoads {
     }
   }
   __device__ __forceinline__ ColumnFactors factors(const TileOutput& output) const {
-    return {{scale_[0], scale_[1]}, {bias_[0], bias_[1]}, {output.epilogue.w.of_codes(sum_[0]), output.epilogue.w.of_codes(sum_[1])}};
+    return {{scale_[0], scale_[1]}, {bias_[0], bias_[1]}, {output.epilogue.column_of(sum_[0]), output.epilogue.column_of(sum_[1])}};
   }
 
  private:

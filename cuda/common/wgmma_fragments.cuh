@@ -163,13 +163,11 @@ struct SparseFragments {
 };
 
 // The ring of stages at the start of a block's shared memory, of a's rows, then w's, and where this thread is in it. empty: a phase ends
-// with an arrival of every multiplying warp that reads what this block copies. PACKED tiles copy packed rows of a, behind w's, which some
-// warps widen to where the others' a is: landed tells these of the bytes, and full is then an arrival of each.
+// with an arrival of every multiplying warp that reads what this block copies.
 template <typename Tile>
 struct StageRing {
   uint8_t* shared;
   uint64_t *full, *empty;
-  uint64_t* landed = nullptr;  // PACKED
   int stage = 0;
   uint32_t parity = 0;
 
@@ -178,8 +176,7 @@ struct StageRing {
   __device__ __forceinline__ void init_barriers(int first, int step) const {
 #pragma unroll 1
     for (int i = first; i < Tile::STAGES; i += step) {
-      barrier_init(&full[i], Tile::PACKED ? Tile::WIDENERS : 1);  // not PACKED: the copier, and the bytes
-      if constexpr (Tile::PACKED) barrier_init(&landed[i], 1);
+      barrier_init(&full[i], 1);  // the copier, and the bytes
       barrier_init(&empty[i], Tile::CLUSTER * Tile::N_GROUPS * kWarpgroup / 32);
     }
   }
@@ -195,44 +192,15 @@ struct StageRing {
     using Fragments = typename Tile::Fragments;
     constexpr int kShare = Tile::BLOCK_M / Tile::CLUSTER;
     barrier_wait(&empty[stage], parity ^ 1);
-    uint64_t* const copied = Tile::PACKED ? &landed[stage] : &full[stage];
-    barrier_expect(copied, Tile::COPIED_BYTES);
+    barrier_expect(&full[stage], Tile::STAGE_BYTES);
     uint8_t* const w_tile = a_tile() + Tile::A_BYTES;
-    tensor_load<false>(w_tile, &w_map, copied, k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
+    tensor_load<false>(w_tile, &w_map, &full[stage], k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
     if constexpr (Fragments::kIndexBytes > 0) {
-      tensor_load<false>(w_tile + Tile::BLOCK_N * Fragments::kRowBytes, &index_map, copied, k_tile / 2 * Fragments::kIndexBytes, first_n, 0,
-                         0);
+      tensor_load<false>(w_tile + Tile::BLOCK_N * Fragments::kRowBytes, &index_map, &full[stage], k_tile / 2 * Fragments::kIndexBytes,
+                         first_n, 0, 0);
     }
-    if constexpr (Tile::PACKED) {
-      tensor_load<false>(w_tile + Tile::W_BYTES, &a_map, copied, k_tile * (kStepRowBytes / 2), first_m, 0, 0);
-    } else {
-      tensor_load<(Tile::CLUSTER > 1)>(a_tile() + rank * kShare * kStepRowBytes, &a_map, copied, k_tile * kStepRowBytes,
-                                       first_m + rank * kShare, step.a_plane, (1 << Tile::CLUSTER) - 1);
-    }
-    advance();
-  }
-
-  // The next stage's packed rows of a, 64 bytes with the copy engine's swizzle, to rows of bytes in the order of kEvenOdd. Lanes have
-  // neighbouring rows, so that they read and write different banks.
-  __device__ __forceinline__ void widen(int thread) {
-    const uint8_t* const packed = a_tile() + Tile::A_BYTES + Tile::W_BYTES;
-    barrier_wait(&landed[stage], parity);
-#pragma unroll
-    for (int i = thread; i < Tile::BLOCK_M * 4; i += Tile::WIDENERS * 32) {
-      const int row = i % Tile::BLOCK_M, chunk = i / Tile::BLOCK_M;
-      const uint4 codes = *reinterpret_cast<const uint4*>(packed + row * 64 + (chunk ^ (row >> 1 & 3)) * 16);
-      uint8_t* const target = a_tile() + row * kStepRowBytes;
-      const int even = chunk / 2 * 4 + chunk % 2;
-      auto store = [&](int at, int shift) {
-        *reinterpret_cast<uint4*>(target + (at ^ row % 8) * 16) = make_uint4(
-            codes.x >> shift & 0x0F0F0F0Fu, codes.y >> shift & 0x0F0F0F0Fu, codes.z >> shift & 0x0F0F0F0Fu, codes.w >> shift & 0x0F0F0F0Fu);
-      };
-      store(even, 0);
-      store(even + 2, 4);
-    }
-    async_proxy_fence();
-    __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(&full[stage]);
+    tensor_load<(Tile::CLUSTER > 1)>(a_tile() + rank * kShare * kStepRowBytes, &a_map, &full[stage], k_tile * kStepRowBytes,
+                                     first_m + rank * kShare, step.a_plane, (1 << Tile::CLUSTER) - 1);
     advance();
   }
 };
@@ -297,7 +265,6 @@ class TileMultiplier {
  private:
   __device__ __forceinline__ void load(Words& words, const StageRing<Tile>& ring, const WgmmaProblem& problem, int k_tile) const {
     barrier_wait(&ring.full[ring.stage], ring.parity);
-    if constexpr (Tile::PACKED) barrier_wait(&ring.landed[ring.stage], ring.parity);
     const uint32_t offset = ring.stage * Tile::STAGE_BYTES;
     typename Fragments::Fetched fetched;
     if constexpr (kSparse) {

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "common/gemm_few.cuh"
 #include "common/gemm_wgmma.cuh"
@@ -25,8 +24,7 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
   const int64_t m = output.m, n = output.n;
   const bool planes = w.layout == Layout::kPlanes;
   const int64_t a_row_bytes = row_bytes(a.layout, k), w_row_bytes = row_bytes(w.layout, w.index != nullptr ? k / 2 : k);
-  constexpr int kARowBytes = Tile::PACKED ? kStepRowBytes / 2 : kStepRowBytes;  // of a step
-  problem.steps = {static_cast<int>((a_row_bytes + kARowBytes - 1) / kARowBytes), planes ? a.grid.bits : 1, planes ? w.grid.bits : 1};
+  problem.steps = {static_cast<int>((a_row_bytes + kStepRowBytes - 1) / kStepRowBytes), planes ? a.grid.bits : 1, planes ? w.grid.bits : 1};
   const int64_t tiles_m = (m + block_m - 1) / block_m, clusters_n = (n + cluster_n - 1) / cluster_n;
   // Room for the rows of the last tile that y does not have.
   constexpr int64_t kMostRows = INT32_MAX - 256;
@@ -42,7 +40,7 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
                                                              : CU_TENSOR_MAP_SWIZZLE_32B;
   WgmmaMaps maps{};
   maps.a = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
-                      {kARowBytes, Tile::BLOCK_M / Tile::CLUSTER, Tile::PACKED ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B});
+                      {kStepRowBytes, Tile::BLOCK_M / Tile::CLUSTER, CU_TENSOR_MAP_SWIZZLE_128B});
   maps.w = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
                       {kRowBytes, Tile::BLOCK_N, w_swizzle});
   maps.index = maps.w;  // of no use to a dense weight
@@ -89,18 +87,11 @@ void launch_wgmma(const char* op, const GemmTile& tile, const Operand& a, const 
   auto run = [&](auto shape) { launch_wgmma_tile<decltype(shape)>(op, a, w, problem, k, device, stream); };
   auto run_few = [&](auto block_m) {
     const bool paired = tile.cluster > 1;
-    auto run_columns = [&](auto packed) {
-      constexpr int kM = block_m();
-      switch (tile.block_n) {
-        case 64: return launch_few_tile<FewTile<Mma, Fragments, kM, 1, packed()>>(op, a, w, problem, k, paired, device, stream);
-        case 128: return launch_few_tile<FewTile<Mma, Fragments, kM, 2, packed()>>(op, a, w, problem, k, paired, device, stream);
-        default: return launch_few_tile<FewTile<Mma, Fragments, kM, 3, packed()>>(op, a, w, problem, k, paired, device, stream);
-      }
-    };
-    if constexpr (std::is_same_v<Fragments, CodeFragments>) {
-      if (a.layout == Layout::kPacked) return run_columns(std::true_type());
+    switch (tile.block_n) {
+      case 64: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 1>>(op, a, w, problem, k, paired, device, stream);
+      case 128: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 2>>(op, a, w, problem, k, paired, device, stream);
+      default: return launch_few_tile<FewTile<Mma, Fragments, block_m(), 3>>(op, a, w, problem, k, paired, device, stream);
     }
-    run_columns(std::false_type());
   };
   switch (tile.block_m) {
     case 256: run(WgmmaTile<Mma, Fragments, 256>{}); break;

@@ -16,7 +16,7 @@
 
 namespace quest::cuda {
 
-// a: kEvenOdd, kValues, kCodes, or kPacked in tiles of 64 rows, w: kPacked.
+// a: kEvenOdd, kValues or kCodes, w: kPacked.
 bool gemm_int4_wgmma(const char* op, const Operand& a, const Operand& w, const Output& output, int64_t k, const Device& device,
                      cudaStream_t stream);
 // a, w: kValues or kCodes.

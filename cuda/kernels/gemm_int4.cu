@@ -54,6 +54,7 @@ void launch_native(const char* op, const GemmTile& tile, const Operand& a, const
 
 }  // namespace
 
+// (Here, since it is products of 4-bit weights whose layouts depend on the GPU.)
 GemmShape shape_on_device(int64_t m, int64_t n, int64_t k) {
   const Device device = current_device("shape_on_device");
   const bool no_code = device.compute_capability == 90 && !device.hopper_code;

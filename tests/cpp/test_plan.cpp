@@ -101,11 +101,14 @@ TEST(Plan, EveryRowHasATileAndAReason) {
         EXPECT_GT(tile.block_m * tile.block_n * tile.block_k, 0);
         EXPECT_GE(tile.split_k, 1);
         if (tile.wgmma) {
-          EXPECT_TRUE(tile.block_m == 16 || tile.block_m == 32 || tile.block_m == 64 || tile.block_m == 128 || tile.block_m == 256)
+          const bool streams = std::string(tile.kernel) == "stream";
+          EXPECT_TRUE(tile.block_m == 16 || tile.block_m == 64 || tile.block_m == 128 || tile.block_m == 256 ||
+                      (streams && tile.block_m == 32))
               << tile.block_m;
           EXPECT_TRUE(tile.split_k == 1 || tile.block_m <= 64) << tile.block_m;
-          const bool shares_k = tile.split_k == 2 * kWgmmaFewSplit[0] || tile.split_k == kStreamSenders;
-          EXPECT_TRUE(tile.cluster == 1 || tile.block_m == 256 || shares_k) << tile.block_m;
+          EXPECT_TRUE(tile.cluster == 1 || tile.block_m == 256 || tile.split_k == (streams ? kStreamSenders : 2 * kWgmmaFewSplit[0]))
+              << tile.block_m;
+          EXPECT_TRUE(!streams || tile.cluster == kStreamBlocks);
         }
         EXPECT_GT(std::strlen(tile.kernel), 0u);
         EXPECT_GT(std::strlen(tile.reason), 0u);
