@@ -48,7 +48,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   RowFactors* const row_factors = reinterpret_cast<RowFactors*>(shared + STAGES * Tile::STAGE_BYTES);
   int4* const sent = reinterpret_cast<int4*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(sent) + Tile::SENT_BYTES);
-  StageRing<Tile> ring{shared, barriers, barriers + STAGES};
+  StageRing<Tile> ring{shared, barriers, barriers + STAGES, problem.copied_bytes};
   uint64_t* const all_sent = barriers + 2 * STAGES;
 
   // Of the pair of blocks that shares a tile; each makes y of some groups of 8 rows, of one group the first alone.

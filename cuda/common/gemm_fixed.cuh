@@ -298,7 +298,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     // Behind a ring of w, a would come up to 1 us later.
     for (int i = 0; i < min(Kernel::kEarlySlots, problem.slots) && exists(box); ++i) copy();
     __syncwarp();
-    named_barrier(2, 32 * Kernel::kTeamWarps + 32);  // a is there
+    named_barrier(2, 32 * Kernel::kTeamWarps + 32);  // a is on its way
     while (exists(box)) {
       if (barrier_test(&group_full[kFixedMostSlots + slot], parity)) {
         copy();
@@ -317,13 +317,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   const int team = threadIdx.x / kTeamThreads, team_warp = threadIdx.x % kTeamThreads / 32, turns = units * kEights;
   const int turn_row = lane % kTurnRows, place_in_row = team_warp * kRowLanes + lane / kTurnRows;
   auto& team_left = left[team];
-  auto team_barrier = [&](int others) {
-    if (kTeamWarps == 1 && others == 0) {
-      __syncwarp();
-    } else {
-      named_barrier(2 + team, kTeamThreads + others);
-    }
-  };
+  auto team_barrier = [&] { kTeamWarps == 1 ? __syncwarp() : named_barrier(2 + team, kTeamThreads); };
   // Where a turn's 64 columns from 64 `block` on are.
   auto place_of = [&](int turn, int block) {
     const int unit = turn / kEights, eight = turn % kEights;
@@ -351,8 +345,9 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     if (y.bias != nullptr) cp_async_4(&biases[i], y.bias + n, exists);
   }
   cp_async_commit();
+  if (team == 0) named_barrier(2, kTeamThreads + 32);  // with the copier
   cp_async_wait<1>();
-  team_barrier(team == 0 ? 32 : 0);  // the first team's with the copier
+  team_barrier();
   for (int turn = team; turn < turns; turn += kTeams) {
     auto& largest = team_left.largest[turn / kTeams % 2][turn_row];
     uint4 x[4] = {};
@@ -368,7 +363,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
 #pragma unroll
     for (int lanes = kTurnRows; lanes < 32; lanes *= 2) most = __vmaxu2(most, __shfl_xor_sync(0xFFFFFFFFu, most, lanes));
     if (kTeamWarps > 1 && lane < kTurnRows) largest[team_warp] = static_cast<uint16_t>(max(most & 0xFFFFu, most >> 16));
-    team_barrier(0);  // and all of a has been read
+    team_barrier();  // and all of a has been read
     if constexpr (kTeamWarps > 1) {
       const uint32_t* const pairs = reinterpret_cast<const uint32_t*>(largest);
       most = pairs[0];

@@ -79,7 +79,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
   auto buffers = [&](int group) { return shared + STAGES * Tile::STAGE_BYTES + group * BUFFERS * Piece::BYTES; };
   RowFactors* const row_factors = reinterpret_cast<RowFactors*>(buffers(Tile::MULTIPLIERS));
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
-  StageRing<Tile> ring{shared, barriers, barriers + STAGES};
+  StageRing<Tile> ring{shared, barriers, barriers + STAGES, problem.copied_bytes};
   auto written = [&](int group) { return barriers + 2 * STAGES + group * 2 * BUFFERS; };  // of each buffer: there is a piece
   auto free = [&](int group) { return written(group) + BUFFERS; };                        // it has been read
 

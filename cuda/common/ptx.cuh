@@ -41,6 +41,13 @@ __device__ __forceinline__ uint32_t pack_nibbles(uint32_t low, uint32_t high, ui
   return word;
 }
 
+// The same to numbers of 2 bits.
+__device__ __forceinline__ uint32_t pack_pairs(uint32_t low, uint32_t high, uint32_t above) {
+  uint32_t word;
+  asm("cvt.pack.sat.u2.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(high), "r"(low), "r"(above));
+  return word;
+}
+
 // ---- the special function unit, to a unit or two in the last place; subnormal numbers are 0
 __device__ __forceinline__ float exp2_approximate(float x) {
   float value;
@@ -51,6 +58,13 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 __device__ __forceinline__ float reciprocal_approximate(float x) {
   float value;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
+// Subnormal numbers too.
+__device__ __forceinline__ float sqrt_approximate(float x) {
+  float value;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(value) : "f"(x));
   return value;
 }
 

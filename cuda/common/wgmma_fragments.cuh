@@ -26,6 +26,7 @@ struct WgmmaProblem {
   TileOutput output;
   Steps steps;
   int32_t tiles_m, clusters_n;    // of the tile's rows of y, of the cluster's columns
+  uint32_t copied_bytes;          // to a stage of a block
   int32_t paired;                 // FewTile: 1 if two thread blocks share a tile along K, else 0
   uint32_t flip;                  // ByteFragments
   uint4 table;                    // TableFragments
@@ -168,6 +169,7 @@ template <typename Tile>
 struct StageRing {
   uint8_t* shared;
   uint64_t *full, *empty;
+  uint32_t copied_bytes;  // to a stage
   int stage = 0;
   uint32_t parity = 0;
 
@@ -192,7 +194,7 @@ struct StageRing {
     using Fragments = typename Tile::Fragments;
     constexpr int kShare = Tile::BLOCK_M / Tile::CLUSTER;
     barrier_wait(&empty[stage], parity ^ 1);
-    barrier_expect(&full[stage], Tile::STAGE_BYTES);
+    barrier_expect(&full[stage], copied_bytes);
     uint8_t* const w_tile = a_tile() + Tile::A_BYTES;
     tensor_load<false>(w_tile, &w_map, &full[stage], k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
     if constexpr (Fragments::kIndexBytes > 0) {

@@ -38,9 +38,13 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
   constexpr CUtensorMapSwizzle w_swizzle = kRowBytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                            : kRowBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                              : CU_TENSOR_MAP_SWIZZLE_32B;
+  // Of a only rows that there are, up to whole groups of 8: the copy engine takes as long for others. (What lies in their place is
+  // multiplied, but no row of y is made of it.)
+  const auto a_rows = static_cast<uint32_t>(std::min<int64_t>(block_m / Tile::CLUSTER, (m + 7) / 8 * 8));
+  problem.copied_bytes = Tile::W_BYTES + Tile::CLUSTER * a_rows * kStepRowBytes;
   WgmmaMaps maps{};
   maps.a = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
-                      {kStepRowBytes, Tile::BLOCK_M / Tile::CLUSTER, CU_TENSOR_MAP_SWIZZLE_128B});
+                      {kStepRowBytes, a_rows, CU_TENSOR_MAP_SWIZZLE_128B});
   maps.w = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
                       {kRowBytes, Tile::BLOCK_N, w_swizzle});
   maps.index = maps.w;  // of no use to a dense weight

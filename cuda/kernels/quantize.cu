@@ -350,29 +350,32 @@ enum class CodeKind : int32_t { kNibble, kBit, kAny };
 
 // The registers hold x_h/gain: what the rotation multiplies by is part of the factors that follow it.
 struct BlocksProblem {
+  // What most launches need, in the first lines of a kernel's parameters: each line takes its time to come.
   const uint8_t* x;
-  const uint8_t* norm_weight;
-  float norm_epsilon;
   uint8_t* codes;
   float* scale;
   int32_t* code_sum;
   uint8_t* mask;  // or nullptr
-  int64_t plane_bytes;
   int32_t rows;
   int32_t blocks;  // of a row
-  int32_t bits;
-  Layout layout;
   float one_over_k;
   float scale_factor, scale_epsilon;
-  float gain_over_steps, inverse_gain;
+  float gain_over_steps;
   float limit_factor, limit_add;  // of the mask, in registers' units: limit_factor sigma + limit_add
   bool error_mask;                // the mask compares |x-hat - x_h|, not |x_h|
   CodeKind code_kind;
-  float boundary_factor;            // of one bit, times scale
-  float shift;                      // code = rint(x_h/step + shift) + offset
+  Layout layout;
+  float shift;            // code = rint(x_h/step + shift) + offset
+  float boundary_factor;  // of one bit, times scale
+  // And what some need.
+  int32_t bits;
+  int64_t plane_bytes;
   uint32_t offset, largest_code;    // each twice, in 16 bits
-  float level_mul, level_add;       // x-hat/s = level_mul code + level_add
   uint32_t stored_mul, stored_add;  // layout kValues, four bytes: (mul c + add) ^ 0x80 in each
+  float level_mul, level_add;       // x-hat/s = level_mul code + level_add
+  float inverse_gain;
+  float norm_epsilon;
+  const uint8_t* norm_weight;
 };
 
 // The instructions for pairs of a 16-bit type.
@@ -402,34 +405,38 @@ __device__ __forceinline__ void silu_mul(RawChunk<DTYPE>& gate, const RawChunk<D
   }
 }
 
-template <int COUNT>
-__device__ __forceinline__ float sum_of_squares(const float (&x)[COUNT]) {
+__device__ __forceinline__ float sum_of_squares(const float (&x)[kQuadValues]) {
   float partial[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums that do not wait for each other
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) partial[i % 4] = fmaf(x[i], x[i], partial[i % 4]);
+  for (int i = 0; i < kQuadValues; ++i) partial[i % 4] = fmaf(x[i], x[i], partial[i % 4]);
   return (partial[0] + partial[1]) + (partial[2] + partial[3]);
 }
 
-// Sum of what the warps of a row have left in whole vectors.
-template <typename Vector>
-__device__ __forceinline__ auto sum_of_vectors(const Vector (&sums)[kMaxRowWarps / 4], int warps) {
-  decltype(sums[0].x) sum = 0;
-#pragma unroll 1
-  for (int i = 0; 4 * i < warps; ++i) {
-    const Vector four = sums[i];
-    sum += (four.x + four.y) + (four.z + four.w);
+// Of the warps of a row, in shared memory.
+struct RowSums {
+  float4 input_squares[kMaxRowWarps / 4 + 1], squares[kMaxRowWarps / 4 + 1];  // of each; the last one leaves zeros up to a whole vector
+  uint32_t codes;  // of those that have arrived, and how many these are: kArrival each
+};
+constexpr uint32_t kArrival = 1u << 24;  // more than 32768 codes of 8 bits
+static_assert(kMaxRowWarps * kWarpBlocks * kQuadBlock * 255 < kArrival && kMaxRowWarps < 256, "a word holds both");
+
+// Sum over the warps of a row; every thread gets it.
+__device__ __forceinline__ float sum_over_warps(float value, float4* sums, int warps) {
+  if (warps == 1) return value;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  if (lane < (warp + 1 == warps ? 4 : 1)) reinterpret_cast<float*>(sums)[warp + lane] = lane == 0 ? value : 0.0f;
+  __syncthreads();
+  auto sum_of_four = [&](int i) {
+    const float4 four = sums[i];
+    return (four.x + four.y) + (four.z + four.w);
+  };
+  float sum = sum_of_four(0);
+#pragma unroll
+  for (int i = 1; i < kMaxRowWarps / 4; ++i) {
+    if (4 * i >= warps) break;
+    sum += sum_of_four(i);
   }
   return sum;
-}
-
-// Sum of what each warp of a row has; every thread gets it. sums: nothing else uses it.
-__device__ __forceinline__ float sum_over_warps(float value, float4 (&sums)[kMaxRowWarps / 4], int warps) {
-  float* const partial = reinterpret_cast<float*>(sums);
-  const int lane = threadIdx.x % kWarpSize;
-  if (lane == 0) partial[threadIdx.x / kWarpSize] = value;
-  if (threadIdx.x < kWarpSize && lane >= warps) partial[lane] = 0.0f;
-  __syncthreads();
-  return sum_of_vectors(sums, warps);
 }
 
 // A lane's chunks 2t, 2t + 1, 8 + 2t, 9 + 2t have a byte each in `word`. Neighbouring lanes exchange halves, so that each has 4 bytes of
@@ -440,27 +447,12 @@ __device__ __forceinline__ uint32_t gather_bytes(uint32_t word) {
 }
 __device__ __forceinline__ uint32_t gathered_byte() { return (threadIdx.x & 1) * 8 + (threadIdx.x & 2) * 2; }
 
-// Adds to the tiles the products of the 16 runs of a chunk, the words x and z or y and w of the four lanes of a quad, with 8 of them: their
-// squares are on the diagonal of the first 8 rows of tiles[0] and of the last 8 of tiles[1]; the other rows are of no use.
-template <DType DTYPE>
-__device__ __forceinline__ void add_squares(float (&tiles)[2][4], const uint4& chunk) {
-  const uint32_t a[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-  PairOf<DTYPE>::mma(tiles[0], a, chunk.x, chunk.z);
-  PairOf<DTYPE>::mma(tiles[1], a, chunk.y, chunk.w);
-}
-
-// This lane's share of the diagonals.
-__device__ __forceinline__ float sum_of_diagonals(const float (&tiles)[2][4]) {
-  const uint32_t row = threadIdx.x % kWarpSize / 4;
-  const float sum = (row & 1) == 0 ? tiles[0][0] + tiles[1][2] : tiles[0][1] + tiles[1][3];
-  return threadIdx.x % 4 == row / 2 ? sum : 0.0f;
-}
-
 // The rotation of a lane's 32 values (four chunks of 16-bit values) on the tensor cores, without moving a value between lanes. A of a
 // product holds 16 runs of 16 values, two words of a chunk in the four lanes of a quad; B is +-H_16/16: exact in both types, products are
 // exact and sums are in float32. B's columns have the order of a run. A second product adds or subtracts the neighbouring chunk; strides 2
-// and 64 remain for the registers. Gives x H/16 = x_h/sqrt(2). Returns this lane's share of the squares of raw, whose products lie between
-// the others, which wait for each other.
+// and 64 remain for the registers. Gives x H/16 = x_h/sqrt(2). Returns this lane's share of the squares of raw: eight times those of what
+// the products give. (Squares by the tensor cores, of whose sums one in eight would be of use, cost more; so do more products instead of
+// the additions of stride 64.)
 template <DType DTYPE>
 __device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], const RawChunk<DTYPE> (&raw)[4]) {
   // Entry (k, n) of H_16 is -1 to the number of bits that k and n share. This lane's are k = 2t, 2t + 1 (and 8 more) of column lane/4 (and
@@ -472,19 +464,16 @@ __device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], 
   const uint32_t high = low ^ (column & 1);
   const uint32_t plus = (kSixteenth | low << 15) | (kSixteenth | high << 15) << 16;
   const uint32_t minus = plus ^ 0x80008000u;
-  float squares[2][4] = {};
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
     const uint4 first = raw[i].vectors[0], second = raw[i + 1].vectors[0];
     const uint32_t a[4] = {first.x, first.y, first.z, first.w};
     const uint32_t b[4] = {second.x, second.y, second.z, second.w};
     float sums[4][4] = {};  // four values side by side each: two for the first chunk, two for the second
-    add_squares<DTYPE>(squares, first);
     Mma::mma(sums[0], a, plus, plus);
     Mma::mma(sums[1], a, plus, minus);
     Mma::mma(sums[2], a, plus, plus);
     Mma::mma(sums[3], a, plus, minus);
-    add_squares<DTYPE>(squares, second);
     Mma::mma(sums[0], b, plus, plus);
     Mma::mma(sums[1], b, plus, minus);
     Mma::mma(sums[2], b, minus, minus);
@@ -492,32 +481,38 @@ __device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], 
 #pragma unroll
     for (int j = 0; j < 2 * kChunk; ++j) x[i * kChunk + j] = sums[j / 4][j % 4];
   }
+  const float squares = 8.0f * sum_of_squares(x);
   butterfly<kQuadValues, 2>(x);
   butterfly<kQuadValues, 16>(x);
-  return sum_of_diagonals(squares);
+  return squares;
 }
 
-// The signs of 32 numbers, the first one's lowest; number(i) gives them. (In two or four words at once it takes 1 to 2 % longer.)
+// Which of 32 numbers are positive, the first one's bit lowest; number(i) gives them. As integers, floats have their signs: clamped to two
+// bits, positive ones are 3, others 0, two an instruction. (Smallest numbers, of one or two units of 2^-149, would not be: what is compared
+// here is never as near.)
 template <typename Number>
-__device__ __forceinline__ uint32_t gather_signs(const Number& number) {
-  uint32_t signs = 0;
+__device__ __forceinline__ uint32_t gather_positive(const Number& number) {
+  uint32_t words[2] = {};  // of every second number
 #pragma unroll
-  for (int i = kQuadValues - 1; i >= 0; --i) signs = __funnelshift_l(__float_as_uint(number(i)), signs, 1);
-  return signs;
+  for (int i = kQuadValues - 4; i >= 0; i -= 4) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) words[j] = pack_pairs(__float_as_uint(number(i + j)), __float_as_uint(number(i + 2 + j)), words[j]);
+  }
+  return (words[0] & 0x55555555u) | (words[1] & 0xAAAAAAAAu);
 }
 
 // x_h/step + shift, rounded. The CPU rounds twice, to this and then to an integer: so does this kernel, or what lies just above a boundary
 // at 0 would be on the other side.
 __device__ __forceinline__ float shifted(const BlocksProblem& problem, float x, float slope) { return __fmaf_rn(x, slope, problem.shift); }
 
-// Signs of limit - |x-hat - x_h|: where the error exceeds it.
+// Where the error |x-hat - x_h| exceeds the limit.
 __device__ __forceinline__ uint32_t fails_of_error(const BlocksProblem& problem, const float (&x)[kQuadValues], float slope, float limit,
                                                    float register_scale) {
   const float largest = static_cast<float>(problem.largest_code & 0xFFFFu), offset = static_cast<float>(problem.offset & 0xFFFFu);
-  return gather_signs([&](int i) {
+  return gather_positive([&](int i) {
     const float code = __fadd_rn(shifted(problem, x[i], slope), kIntegerFloat) - (kIntegerFloat - offset);
     const float clamped = fminf(fmaxf(code, 0.0f), largest);
-    return limit - fabsf(fmaf(fmaf(clamped, problem.level_mul, problem.level_add), register_scale, -x[i]));
+    return fabsf(fmaf(fmaf(clamped, problem.level_mul, problem.level_add), register_scale, -x[i])) - limit;
   });
 }
 
@@ -527,7 +522,7 @@ __device__ __forceinline__ uint32_t fails_of_error(const BlocksProblem& problem,
 // int1 as a plane: a bit is set above the boundary, which lies where the CPU's first rounding (see `shifted`) leaves more than 1/2.
 __device__ __forceinline__ uint32_t write_bits(const BlocksProblem& problem, const float (&x)[kQuadValues], float boundary, uint32_t all,
                                                uint32_t block, bool exists) {
-  const uint32_t bits = gather_signs([&](int i) { return boundary - x[i]; }) & all;
+  const uint32_t bits = gather_positive([&](int i) { return x[i] - boundary; }) & all;
   const uint32_t gathered = gather_bytes(bits);
   if (exists) *reinterpret_cast<uint32_t*>(problem.codes + (uint64_t{block} * 16 + gathered_byte())) = gathered;
   return __popc(bits);
@@ -640,85 +635,23 @@ __device__ __forceinline__ uint32_t write_codes(const BlocksProblem& problem, co
   return code_sum;
 }
 
-// A warp holds 8 blocks of 128 values, 32 values a lane. Lane t of a quad has the chunks 2t, 2t + 1, 8 + 2t, 9 + 2t of its block: a pair of
-// chunks is 8 bytes of packed codes or 16 of int8, so a quad writes whole sectors of 32 bytes. Blocks beyond the row's end hold zeros.
-//
-// 16-bit values are rotated by hadamard_tensor_cores, float32 values in the CPU's order of strides, 16 and 32 between the lanes.
-//
-// 56 registers: fewer do not hold the 32 values, their addresses and what a row needs; with 64 fewer warps would cover the time that loads
-// take. (Two groups of 8 blocks a warp share more of the work that is not per value, but half as many warps cost as much as that saves.)
-// rms_norm also holds its weight: 64.
-template <DType DTYPE, bool ROTATE, PrologueKind PROLOGUE>
-__global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64
-                                                          : 56) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
-  __shared__ float4 square_sums[kMaxRowWarps / 4];
-  __shared__ uint4 code_sums[kMaxRowWarps / 4];
+// ---- rows of whole blocks. A warp holds 8 blocks of 128 values, 32 values a lane. Lane t of a quad has the chunks 2t, 2t + 1, 8 + 2t, 9 +
+// 2t of its block: a pair of chunks is 8 bytes of packed codes or 16 of int8, so a quad writes whole sectors of 32 bytes.
+
+// What a lane has of a row: a block, or nothing (it then holds some other block's values, which are not counted or written).
+struct RowBlock {
+  uint32_t row, index;  // index: of all rows' blocks
+  bool row_exists, exists;
+};
+
+// From what is loaded to what is written. 16-bit values are rotated by hadamard_tensor_cores, float32 values in the CPU's order of strides,
+// 16 and 32 between the lanes.
+template <DType DTYPE, bool ROTATE>
+__device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, const RawChunk<DTYPE> (&raw)[4], const RowBlock& block,
+                                                RowSums& sums, int warps) {
   constexpr bool kTensorCores = ROTATE && DTYPE != DType::kFloat32;
-  using Raw = RawChunk<DTYPE>;
-
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-  const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
-  const int block = warp * kWarpBlocks + lane / 4;
-  const bool exists = row < static_cast<uint32_t>(problem.rows) && block < problem.blocks;
-  const uint32_t row_block = row * static_cast<uint32_t>(problem.blocks) + static_cast<uint32_t>(block);  // of all rows' blocks
-
-  wait_for_prerequisites();
-  auto load = [&](Raw(&chunks)[4], const uint8_t* base, uint64_t at) {  // this lane's chunks of block `at`
-    const uint8_t* const source = base + (at * (kQuadBlock / kChunk) + threadIdx.x % 4 * 2) * Raw::kBytes;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      chunks[i].clear();
-      if (exists) chunks[i].load(source + (i / 2 * 8 + i % 2) * Raw::kBytes);
-    }
-  };
-
-  Raw raw[4];
-  if constexpr (PROLOGUE == PrologueKind::kNone) {
-    load(raw, problem.x, row_block);
-  } else if constexpr (PROLOGUE == PrologueKind::kSiluMul) {
-    Raw up[4];
-    const uint64_t gate = uint64_t{row_block} + row * static_cast<uint32_t>(problem.blocks);
-    load(raw, problem.x, gate);
-    load(up, problem.x, gate + problem.blocks);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) silu_mul(raw[i], up[i]);
-  } else {
-    __shared__ float4 input_sums[kMaxRowWarps / 4];
-    // The weight is on its way while the row is summed, where registers hold both.
-    constexpr bool kLoadsAhead = DTYPE != DType::kFloat32;
-    Raw weight[4];
-    load(raw, problem.x, row_block);
-    if constexpr (kLoadsAhead) load(weight, problem.norm_weight, block);
-    float squares = 0.0f;
-    if constexpr (DTYPE != DType::kFloat32) {
-      float tiles[2][4] = {};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) add_squares<DTYPE>(tiles, raw[i].vectors[0]);
-      squares = sum_of_diagonals(tiles);
-    } else {
-      float values[kQuadValues];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) raw[i].to_floats(values + i * kChunk);
-      squares = sum_of_squares(values);
-    }
-    squares = sum_over_warp(squares);
-    if (warps > 1) squares = sum_over_warps(squares, input_sums, warps);
-    if constexpr (!kLoadsAhead) load(weight, problem.norm_weight, block);
-    const float factor = norm_factor(squares, problem.one_over_k, problem.norm_epsilon);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float values[kChunk], w[kChunk];
-      raw[i].to_floats(values);
-      weight[i].to_floats(w);
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) values[j] = values[j] * factor * w[j];
-      raw[i].from_floats(values);
-    }
-  }
   float x[kQuadValues];
-  float squares = 0.0f;
+  float squares;
   if constexpr (kTensorCores) {
     squares = hadamard_tensor_cores<DTYPE>(x, raw);
   } else {
@@ -726,7 +659,7 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64
     for (int i = 0; i < 4; ++i) raw[i].to_floats(x + i * kChunk);
     squares = sum_of_squares(x);
   }
-  squares = sum_over_warp(squares);
+  squares = sum_over_warp(block.exists ? squares : 0.0f);
   if constexpr (ROTATE && !kTensorCores) {
     butterfly<kQuadValues, 1>(x);
     butterfly<kQuadValues, 2>(x);
@@ -736,40 +669,100 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm ? 64
     butterfly_lanes(x, 2);
     butterfly<kQuadValues, 16>(x);
   }
-  if (warps > 1) {
-    if (threadIdx.x < kMaxRowWarps && lane >= warps) reinterpret_cast<uint32_t*>(code_sums)[lane] = 0;  // to whole vectors
-    squares = sum_over_warps(squares, square_sums, warps);
-  }
+  if (threadIdx.x == 0) sums.codes = 0;
+  squares = sum_over_warps(squares, sums.squares, warps);
 
   const bool finite = squares <= kLargestFloat;
-  const float sigma = __fsqrt_rn(__fmul_rn(squares, problem.one_over_k));
+  const float sigma = sqrt_approximate(__fmul_rn(squares, problem.one_over_k));
   const float scale = __fadd_rn(__fmul_rn(problem.scale_factor, sigma), problem.scale_epsilon);
-  const float slope = finite && scale > 0.0f ? __fdividef(problem.gain_over_steps, scale) : 0.0f;
+  // (A scale above 0 is no subnormal number: sigma is 0, or at least 2^-75.)
+  const float slope = finite && scale > 0.0f ? problem.gain_over_steps * reciprocal_approximate(scale) : 0.0f;
   const uint32_t all = finite ? 0xFFFFFFFFu : 0u;
   if (problem.mask != nullptr) {
     const float limit = fmaf(sigma, problem.limit_factor, problem.limit_add);
     const uint32_t fails = problem.error_mask ? fails_of_error(problem, x, slope, limit, scale * problem.inverse_gain)
-                                              : gather_signs([&](int i) { return limit - fabsf(x[i]); });
+                                              : gather_positive([&](int i) { return fabsf(x[i]) - limit; });
     const uint32_t mask = gather_bytes(~fails & all);
-    if (exists) *reinterpret_cast<uint32_t*>(problem.mask + (uint64_t{row_block} * 16 + gathered_byte())) = mask;
+    if (block.exists) *reinterpret_cast<uint32_t*>(problem.mask + (uint64_t{block.index} * 16 + gathered_byte())) = mask;
   }
   uint32_t code_sum = 0;
   switch (problem.code_kind) {
-    case CodeKind::kNibble: code_sum = write_nibbles(problem, x, slope, all, row_block, exists); break;
-    case CodeKind::kBit: code_sum = write_bits(problem, x, scale * problem.boundary_factor, all, row_block, exists); break;
-    case CodeKind::kAny: code_sum = write_codes(problem, x, slope, all, row_block, exists); break;
+    case CodeKind::kNibble: code_sum = write_nibbles(problem, x, slope, all, block.index, block.exists); break;
+    case CodeKind::kBit: code_sum = write_bits(problem, x, scale * problem.boundary_factor, all, block.index, block.exists); break;
+    case CodeKind::kAny: code_sum = write_codes(problem, x, slope, all, block.index, block.exists); break;
   }
 
-  code_sum = __reduce_add_sync(0xFFFFFFFFu, exists ? code_sum : 0);
-  if (warps > 1) {
-    if (lane == 0) reinterpret_cast<uint32_t*>(code_sums)[warp] = code_sum;
-    __syncthreads();
-    if (warp == 0) code_sum = sum_of_vectors(code_sums, warps);
+  // The last warp that arrives has the row's sum.
+  code_sum = __reduce_add_sync(0xFFFFFFFFu, block.exists ? code_sum : 0);
+  if (threadIdx.x % kWarpSize == 0) {
+    const uint32_t before = warps > 1 ? atomicAdd(&sums.codes, code_sum + kArrival) : 0;
+    if (block.exists && threadIdx.x == 0) problem.scale[block.row] = finite ? scale : NAN;
+    const bool last = before / kArrival == static_cast<uint32_t>(warps - 1);
+    if (block.row_exists && last) problem.code_sum[block.row] = static_cast<int32_t>(before % kArrival + code_sum);
   }
-  if (threadIdx.x == 0 && row < static_cast<uint32_t>(problem.rows)) {
-    problem.scale[row] = finite ? scale : NAN;
-    problem.code_sum[row] = static_cast<int32_t>(code_sum);
+}
+
+// This lane's chunks of block `at`.
+template <DType DTYPE>
+__device__ __forceinline__ void load_chunks(RawChunk<DTYPE> (&chunks)[4], const uint8_t* base, uint64_t at) {
+  constexpr int kBytes = RawChunk<DTYPE>::kBytes;
+  const uint8_t* const source = base + (at * (kQuadBlock / kChunk) + threadIdx.x % 4 * 2) * kBytes;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) chunks[i].load(source + (i / 2 * 8 + i % 2) * kBytes);
+}
+
+// 56 registers: fewer do not hold the 32 values, their addresses and what a row needs; with 64 fewer warps would cover the time that loads
+// take. (Two groups of 8 blocks a warp share more of the work that is not per value, but half as many warps cost as much as that saves.)
+constexpr int kBlocksRegisters = 56, kNormRegisters = 64;  // rms_norm also holds its weight
+
+// A row a thread block, or short rows a warp each.
+template <DType DTYPE, bool ROTATE, PrologueKind PROLOGUE>
+__global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
+                           ? kNormRegisters
+                           : kBlocksRegisters) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
+  __shared__ RowSums sums;
+  using Raw = RawChunk<DTYPE>;
+
+  const int warps = static_cast<int>(blockDim.x / kWarpSize);
+  const uint32_t own_row = blockIdx.x * blockDim.y + threadIdx.y, row = min(own_row, static_cast<uint32_t>(problem.rows) - 1);
+  const int own_block = static_cast<int>(threadIdx.x / 4), in_row = min(own_block, problem.blocks - 1);
+  const uint32_t blocks = static_cast<uint32_t>(problem.blocks);
+  const RowBlock block{row, row * blocks + in_row, own_row == row, own_row == row && own_block == in_row};
+
+  wait_for_prerequisites();
+  Raw raw[4];
+  if constexpr (PROLOGUE == PrologueKind::kNone) {
+    load_chunks(raw, problem.x, block.index);
+  } else if constexpr (PROLOGUE == PrologueKind::kSiluMul) {
+    Raw up[4];
+    const uint64_t gate = uint64_t{block.index} + row * blocks;
+    load_chunks(raw, problem.x, gate);
+    load_chunks(up, problem.x, gate + blocks);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) silu_mul(raw[i], up[i]);
+  } else {
+    // The weight is on its way while the row is summed, where registers hold both.
+    constexpr bool kLoadsAhead = DTYPE != DType::kFloat32;
+    Raw weight[4];
+    load_chunks(raw, problem.x, block.index);
+    if constexpr (kLoadsAhead) load_chunks(weight, problem.norm_weight, in_row);
+    float values[kQuadValues];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) raw[i].to_floats(values + i * kChunk);
+    const float squares = sum_over_warps(sum_over_warp(block.exists ? sum_of_squares(values) : 0.0f), sums.input_squares, warps);
+    if constexpr (!kLoadsAhead) load_chunks(weight, problem.norm_weight, in_row);
+    const float factor = norm_factor(squares, problem.one_over_k, problem.norm_epsilon);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x[kChunk], w[kChunk];
+      raw[i].to_floats(x);
+      weight[i].to_floats(w);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) x[j] = x[j] * factor * w[j];
+      raw[i].from_floats(x);
+    }
   }
+  quantize_loaded<DTYPE, ROTATE>(problem, raw, block, sums, warps);
 }
 
 // Runs quantize_blocks_kernel if this problem is one for it.
