@@ -357,8 +357,8 @@ struct BlocksProblem {
   int32_t* code_sum;
   uint8_t* mask;  // or nullptr
   int32_t rows;
-  int32_t blocks;  // of a row
-  float one_over_k;
+  int32_t blocks;     // of a row
+  float mean_factor;  // from the sum of squares that registers give to their mean over K
   float scale_factor, scale_epsilon;
   float gain_over_steps;
   float limit_factor, limit_add;  // of the mask, in registers' units: limit_factor sigma + limit_add
@@ -374,7 +374,7 @@ struct BlocksProblem {
   uint32_t stored_mul, stored_add;  // layout kValues, four bytes: (mul c + add) ^ 0x80 in each
   float level_mul, level_add;       // x-hat/s = level_mul code + level_add
   float inverse_gain;
-  float norm_epsilon;
+  float norm_epsilon, one_over_k;
   const uint8_t* norm_weight;
 };
 
@@ -450,9 +450,9 @@ __device__ __forceinline__ uint32_t gathered_byte() { return (threadIdx.x & 1) *
 // The rotation of a lane's 32 values (four chunks of 16-bit values) on the tensor cores, without moving a value between lanes. A of a
 // product holds 16 runs of 16 values, two words of a chunk in the four lanes of a quad; B is +-H_16/16: exact in both types, products are
 // exact and sums are in float32. B's columns have the order of a run. A second product adds or subtracts the neighbouring chunk; strides 2
-// and 64 remain for the registers. Gives x H/16 = x_h/sqrt(2). Returns this lane's share of the squares of raw: eight times those of what
-// the products give. (Squares by the tensor cores, of whose sums one in eight would be of use, cost more; so do more products instead of
-// the additions of stride 64.)
+// and 64 remain for the registers. Gives x H/16 = x_h/sqrt(2). Returns this lane's share of an eighth of the squares of raw: those of
+// what the products give. (Squares by the tensor cores, of whose sums one in eight would be of use, cost more; so do more products instead
+// of the additions of stride 64.)
 template <DType DTYPE>
 __device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], const RawChunk<DTYPE> (&raw)[4]) {
   // Entry (k, n) of H_16 is -1 to the number of bits that k and n share. This lane's are k = 2t, 2t + 1 (and 8 more) of column lane/4 (and
@@ -464,24 +464,30 @@ __device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], 
   const uint32_t high = low ^ (column & 1);
   const uint32_t plus = (kSixteenth | low << 15) | (kSixteenth | high << 15) << 16;
   const uint32_t minus = plus ^ 0x80008000u;
+  // A product takes a pair of neighbouring registers. That a thread block has no second and third coordinate is not known to the compiler:
+  // it keeps all pairs, instead of copying one together for each product (2 % at K = 11008).
+  const uint32_t y = blockIdx.y, z = blockIdx.z;
+  const uint32_t both_plus[2] = {plus, plus ^ y}, both_minus[2] = {minus, minus ^ y};
+  const uint32_t plus_minus[2] = {plus ^ z, minus ^ z}, minus_plus[2] = {minus ^ (y | z), plus ^ (y | z)};
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
     const uint4 first = raw[i].vectors[0], second = raw[i + 1].vectors[0];
     const uint32_t a[4] = {first.x, first.y, first.z, first.w};
     const uint32_t b[4] = {second.x, second.y, second.z, second.w};
     float sums[4][4] = {};  // four values side by side each: two for the first chunk, two for the second
-    Mma::mma(sums[0], a, plus, plus);
-    Mma::mma(sums[1], a, plus, minus);
-    Mma::mma(sums[2], a, plus, plus);
-    Mma::mma(sums[3], a, plus, minus);
-    Mma::mma(sums[0], b, plus, plus);
-    Mma::mma(sums[1], b, plus, minus);
-    Mma::mma(sums[2], b, minus, minus);
-    Mma::mma(sums[3], b, minus, plus);
+    auto add = [&](int to, const uint32_t(&runs)[4], const uint32_t(&signs)[2]) { Mma::mma(sums[to], runs, signs[0], signs[1]); };
+    add(0, a, both_plus);
+    add(1, a, plus_minus);
+    add(2, a, both_plus);
+    add(3, a, plus_minus);
+    add(0, b, both_plus);
+    add(1, b, plus_minus);
+    add(2, b, both_minus);
+    add(3, b, minus_plus);
 #pragma unroll
     for (int j = 0; j < 2 * kChunk; ++j) x[i * kChunk + j] = sums[j / 4][j % 4];
   }
-  const float squares = 8.0f * sum_of_squares(x);
+  const float squares = sum_of_squares(x);
   butterfly<kQuadValues, 2>(x);
   butterfly<kQuadValues, 16>(x);
   return squares;
@@ -544,13 +550,12 @@ __device__ __forceinline__ uint32_t write_nibbles(const BlocksProblem& problem, 
       words[i] = pack_nibbles(integer(j), integer(j + 1), words[i]);
     }
   }
-  uint2 halves[4];  // of the bytes of each word
-  uint32_t sums = 0;
+  uint32_t all_sum = 0, high_sum = 0;  // of bytes, which are low + 16 high, and of 16 high alone
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     words[i] = ~words[i] & all;
-    halves[i] = make_uint2(words[i] & 0x0F0F0F0Fu, words[i] >> 4 & 0x0F0F0F0Fu);
-    sums += halves[i].x + halves[i].y;  // at most 8 times 15 in a byte
+    all_sum = __dp4a(words[i], 0x01010101u, all_sum);
+    high_sum = __dp4a(words[i] & 0xF0F0F0F0u, 0x01010101u, high_sum);
   }
   const int quad_lane = threadIdx.x % 4;
   if (exists) {
@@ -562,12 +567,12 @@ __device__ __forceinline__ uint32_t write_nibbles(const BlocksProblem& problem, 
       uint2* const target = reinterpret_cast<uint2*>(problem.codes + (uint64_t{block} * kQuadBlock + quad_lane * 8));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // 64 columns, of which this lane has 16 neighbours
-        target[8 * i] = make_uint2(halves[2 * i].x, halves[2 * i + 1].x);
-        target[8 * i + 4] = make_uint2(halves[2 * i].y, halves[2 * i + 1].y);
+        target[8 * i] = make_uint2(words[2 * i] & 0x0F0F0F0Fu, words[2 * i + 1] & 0x0F0F0F0Fu);
+        target[8 * i + 4] = make_uint2(words[2 * i] >> 4 & 0x0F0F0F0Fu, words[2 * i + 1] >> 4 & 0x0F0F0F0Fu);
       }
     }
   }
-  return __dp4a(sums, 0x01010101u, 0u);
+  return all_sum - high_sum / 16 * 15;
 }
 
 // Any grid in any layout.
@@ -672,8 +677,8 @@ __device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, co
   if (threadIdx.x == 0) sums.codes = 0;
   squares = sum_over_warps(squares, sums.squares, warps);
 
-  const bool finite = squares <= kLargestFloat;
-  const float sigma = sqrt_approximate(__fmul_rn(squares, problem.one_over_k));
+  const bool finite = squares <= (kTensorCores ? kLargestFloat / 8 : kLargestFloat);
+  const float sigma = sqrt_approximate(__fmul_rn(squares, problem.mean_factor));
   const float scale = __fadd_rn(__fmul_rn(problem.scale_factor, sigma), problem.scale_epsilon);
   // (A scale above 0 is no subnormal number: sigma is 0, or at least 2^-75.)
   const float slope = finite && scale > 0.0f ? problem.gain_over_steps * reciprocal_approximate(scale) : 0.0f;
@@ -789,6 +794,7 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   blocks.norm_weight = static_cast<const uint8_t*>(problem.prologue.weight);
   blocks.norm_epsilon = problem.prologue.epsilon;
   blocks.one_over_k = 1.0f / static_cast<float>(problem.k);
+  blocks.mean_factor = (tensor_cores ? 8.0f : 1.0f) / static_cast<float>(problem.k);
   blocks.codes = static_cast<uint8_t*>(problem.output.codes);
   blocks.scale = problem.output.scale;
   blocks.code_sum = problem.output.code_sum;
