@@ -345,8 +345,8 @@ __global__ __launch_bounds__(kMaxThreads) void quantize_kernel(const __grid_cons
 constexpr int kMaxRowWarps = 32;
 constexpr int kWarpBlocks = 8;  // blocks of 128 values that a warp holds, a quad of lanes each
 
-// How codes are made: one bit is a comparison; int4 as nibbles has an instruction that clamps and packs them.
-enum class CodeKind : int32_t { kNibble, kBit, kAny };
+// How codes are made: one bit is a comparison; int4 as nibbles and int2 as planes have an instruction that clamps and packs two of them.
+enum class CodeKind : int32_t { kNibble, kPair, kBit, kAny };
 
 // The registers hold x_h/gain: what the rotation multiplies by is part of the factors that follow it.
 struct BlocksProblem {
@@ -493,18 +493,24 @@ __device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], 
   return squares;
 }
 
-// Which of 32 numbers are positive, the first one's bit lowest; number(i) gives them. As integers, floats have their signs: clamped to two
-// bits, positive ones are 3, others 0, two an instruction. (Smallest numbers, of one or two units of 2^-149, would not be: what is compared
-// here is never as near.)
-template <typename Number>
-__device__ __forceinline__ uint32_t gather_positive(const Number& number) {
-  uint32_t words[2] = {};  // of every second number
+// 32 integers as numbers of 2 bits, those beyond 0 ... 3 as the nearest: the even ones' and the odd ones', each from the lowest bits on.
+template <typename Integer>
+__device__ __forceinline__ uint2 every_second(const Integer& integer) {
+  uint2 words{};
 #pragma unroll
   for (int i = kQuadValues - 4; i >= 0; i -= 4) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) words[j] = pack_pairs(__float_as_uint(number(i + j)), __float_as_uint(number(i + 2 + j)), words[j]);
+    words.x = pack_pairs(integer(i), integer(i + 2), words.x);
+    words.y = pack_pairs(integer(i + 1), integer(i + 3), words.y);
   }
-  return (words[0] & 0x55555555u) | (words[1] & 0xAAAAAAAAu);
+  return words;
+}
+
+// Which of 32 numbers are positive, the first one's bit lowest; number(i) gives them. As integers, floats have their signs: of two bits,
+// positive ones are 3, others 0. (Smallest numbers, of one or two units of 2^-149, would not be: what is compared here is never as near.)
+template <typename Number>
+__device__ __forceinline__ uint32_t gather_positive(const Number& number) {
+  const auto [even, odd] = every_second([&](int i) { return __float_as_uint(number(i)); });
+  return (even & 0x55555555u) | (odd & 0xAAAAAAAAu);
 }
 
 // x_h/step + shift, rounded. The CPU rounds twice, to this and then to an integer: so does this kernel, or what lies just above a boundary
@@ -534,20 +540,42 @@ __device__ __forceinline__ uint32_t write_bits(const BlocksProblem& problem, con
   return __popc(bits);
 }
 
-// int4 in layout packed or even_odd. A float below 2^-126 has the bits of an integer: its multiple of 2^-149. One addition so rounds to an
-// integer, ties to even, with which the conversion to 4 bits clamps and packs; a negative one is a negative integer for it. To keep the
-// CPU's ties, the offset must be even: 8 - rint(x_h/step + shift) is 15 less the code.
+// Of int grids: 2^(bits - 1) - rint(x_h/step + shift), which is the largest code less the code. A float below 2^-126 has the bits of an
+// integer: its multiple of 2^-149. One addition so rounds to an integer, ties to even, which the conversion to 2 or 4 bits clamps and
+// packs; a negative one is a negative integer for it. (To keep the CPU's ties, what is added must be even.)
+template <int BITS>
+__device__ __forceinline__ uint32_t complement(const BlocksProblem& problem, float x, float slope) {
+  constexpr float kUnit = 0x1p-149f;
+  static_assert(BITS > 1, "1 is odd");
+  return __float_as_uint(__fmaf_rn(shifted(problem, x, slope), -kUnit, (1 << (BITS - 1)) * kUnit));
+}
+
+// int2 as planes.
+__device__ __forceinline__ uint32_t write_pairs(const BlocksProblem& problem, const float (&x)[kQuadValues], float slope, uint32_t all,
+                                                uint32_t block, bool exists) {
+  const auto [even, odd] = every_second([&](int i) { return complement<2>(problem, x[i], slope); });
+  const uint32_t evens = ~even & all, odds = ~odd & all;
+  const uint32_t planes[2] = {(evens & 0x55555555u) | (odds & 0x55555555u) << 1, (evens >> 1 & 0x55555555u) | (odds & 0xAAAAAAAAu)};
+  uint8_t* const target = problem.codes + (uint64_t{block} * 16 + gathered_byte());
+#pragma unroll
+  for (int p = 0; p < 2; ++p) {
+    const uint32_t gathered = gather_bytes(planes[p]);
+    if (exists) *reinterpret_cast<uint32_t*>(target + p * problem.plane_bytes) = gathered;
+  }
+  return __popc(planes[0]) + 2 * __popc(planes[1]);
+}
+
+// int4 in layout packed or even_odd.
 __device__ __forceinline__ uint32_t write_nibbles(const BlocksProblem& problem, const float (&x)[kQuadValues], float slope, uint32_t all,
                                                   uint32_t block, bool exists) {
-  constexpr float kUnit = 0x1p-149f;
   uint32_t words[4];  // of 8 codes
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     words[i] = 0;
 #pragma unroll
     for (int j = kChunk - 2; j >= 0; j -= 2) {
-      auto integer = [&](int k) { return __float_as_uint(__fmaf_rn(shifted(problem, x[i * kChunk + k], slope), -kUnit, 8 * kUnit)); };
-      words[i] = pack_nibbles(integer(j), integer(j + 1), words[i]);
+      auto code = [&](int k) { return complement<4>(problem, x[i * kChunk + k], slope); };
+      words[i] = pack_nibbles(code(j), code(j + 1), words[i]);
     }
   }
   uint32_t all_sum = 0, high_sum = 0;  // of bytes, which are low + 16 high, and of 16 high alone
@@ -674,7 +702,7 @@ __device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, co
     butterfly_lanes(x, 2);
     butterfly<kQuadValues, 16>(x);
   }
-  if (threadIdx.x == 0) sums.codes = 0;
+  if (warps > 1 && threadIdx.x == 0) sums.codes = 0;
   squares = sum_over_warps(squares, sums.squares, warps);
 
   const bool finite = squares <= (kTensorCores ? kLargestFloat / 8 : kLargestFloat);
@@ -693,6 +721,7 @@ __device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, co
   uint32_t code_sum = 0;
   switch (problem.code_kind) {
     case CodeKind::kNibble: code_sum = write_nibbles(problem, x, slope, all, block.index, block.exists); break;
+    case CodeKind::kPair: code_sum = write_pairs(problem, x, slope, all, block.index, block.exists); break;
     case CodeKind::kBit: code_sum = write_bits(problem, x, scale * problem.boundary_factor, all, block.index, block.exists); break;
     case CodeKind::kAny: code_sum = write_codes(problem, x, slope, all, block.index, block.exists); break;
   }
@@ -824,6 +853,7 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   blocks.code_kind = CodeKind::kAny;
   const bool nibbles = problem.layout == Layout::kPacked || problem.layout == Layout::kEvenOdd;
   if (kind == GridKind::kInt && quantizer.grid.bits == 1 && problem.layout == Layout::kPlanes) blocks.code_kind = CodeKind::kBit;
+  if (kind == GridKind::kInt && quantizer.grid.bits == 2 && problem.layout == Layout::kPlanes) blocks.code_kind = CodeKind::kPair;
   if (kind == GridKind::kInt && quantizer.grid.bits == 4 && nibbles) blocks.code_kind = CodeKind::kNibble;
   // 1/2 + x_h/step is rounded to more than 1/2 from 2^-25 on.
   blocks.boundary_factor = static_cast<float>(0x1p-25 * grid.steps / gain);
