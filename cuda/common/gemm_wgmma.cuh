@@ -85,18 +85,22 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
 
   const int warpgroup = warpgroup_index();
   const int rank = CLUSTER > 1 ? static_cast<int>(cluster_rank()) : 0;
-  if (threadIdx.x == 0) {
-    ring.init_barriers(0, 1);
-    for (int group = 0; group < Tile::MULTIPLIERS; ++group) {
-      for (int buffer = 0; buffer < BUFFERS; ++buffer) {
-        barrier_init(&written(group)[buffer], kWarpgroup / 32);
-        barrier_init(&free(group)[buffer], 1);
-      }
+  const int warp = warp_index(), lane = threadIdx.x % 32;
+  // One lane of each warp, of whose barriers all lanes know the place (gemm_fixed.cuh).
+  if (lane == 0) {
+    constexpr int kWarps = Tile::THREADS / 32;
+    const int first = 4 * warpgroup + warp;
+    ring.init_barriers(first, kWarps);
+#pragma unroll 1
+    for (int i = first; i < Tile::MULTIPLIERS * 2 * BUFFERS; i += kWarps) {
+      barrier_init(&written(0)[i], i % (2 * BUFFERS) < BUFFERS ? kWarpgroup / 32 : 1);
+    }
+    if (first == 0) {
+      prefetch_tensor_map(&a_map);
+      prefetch_tensor_map(&w_map);
+      if (problem.output.tensor_store) prefetch_tensor_map(&y_map);
     }
     barrier_init_fence();
-    prefetch_tensor_map(&a_map);
-    prefetch_tensor_map(&w_map);
-    if (problem.output.tensor_store) prefetch_tensor_map(&y_map);
   }
   if constexpr (CLUSTER > 1) {
     cluster_sync_relaxed();
@@ -109,7 +113,6 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
   const int first_tile = static_cast<int>(blockIdx.x) / CLUSTER, tile_stride = static_cast<int>(gridDim.x) / CLUSTER;
   const Steps steps = problem.steps;
 
-  const int warp = warp_index(), lane = threadIdx.x % 32;
   if (warpgroup == 0) {
     registers_shrink<Tile::COPIER_REGISTERS>();
     if (warp == 0 && lane == 0) {
@@ -139,6 +142,12 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
           }
         }
       }
+    }
+    if (CLUSTER > 1 && warp == 1 && lane == 0) {
+      // This block does not end before the last of the other one's arrivals, which its next copies would wait for. (Not by the copier: with
+      // code behind its loop the compiler would not let it use uniform registers. A barrier of the cluster is a fence of the whole GPU.)
+      const int copies = (tiles - first_tile + tile_stride - 1) / tile_stride * steps.count();
+      for (int copy = copies; copy < copies + STAGES; ++copy) barrier_wait(&ring.empty[copy % STAGES], copy / STAGES % 2 ^ 1);
     }
     __syncwarp();
   } else {
@@ -183,8 +192,6 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
       }
     }
   }
-  // No block ends while another may still copy to it or arrive at its barriers.
-  if constexpr (CLUSTER > 1) cluster_sync();
 #else
   __trap();  // the host launches this where Device::hopper_code alone
 #endif
