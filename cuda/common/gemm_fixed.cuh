@@ -298,7 +298,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     // Behind a ring of w, a would come up to 1 us later.
     for (int i = 0; i < min(Kernel::kEarlySlots, problem.slots) && exists(box); ++i) copy();
     __syncwarp();
-    named_barrier(2, 32 * Kernel::kTeamWarps + 32);  // a is on its way
+    named_barrier(2, 32 * Kernel::kTeamWarps + 32);  // a, of which the first team asks for its part, is on its way
     while (exists(box)) {
       if (barrier_test(&group_full[kFixedMostSlots + slot], parity)) {
         copy();

@@ -8,7 +8,7 @@
 // warpgroup 0 start the copies of y, one for each multiplying warpgroup, whose warps do not wait for each other while they write.
 //
 // Clusters: the two blocks of a pair take neighbouring columns of y and the same rows, and each copies its share of a to both. (With tiles
-// of 128 rows a pair starts and ends 0.8 us later, which its fewer bytes do not make good.)
+// of 128 rows a pair started and ended 0.8 us later, with a barrier of the cluster at its end, and its fewer bytes did not make that good.)
 //
 // Bit planes: one pass over K for each pair of planes (steps.cuh).
 //
@@ -102,6 +102,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
     }
     barrier_init_fence();
   }
+  __syncwarp();
   if constexpr (CLUSTER > 1) {
     cluster_sync_relaxed();
   } else {
@@ -143,12 +144,6 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
         }
       }
     }
-    if (CLUSTER > 1 && warp == 1 && lane == 0) {
-      // This block does not end before the last of the other one's arrivals, which its next copies would wait for. (Not by the copier: with
-      // code behind its loop the compiler would not let it use uniform registers. A barrier of the cluster is a fence of the whole GPU.)
-      const int copies = (tiles - first_tile + tile_stride - 1) / tile_stride * steps.count();
-      for (int copy = copies; copy < copies + STAGES; ++copy) barrier_wait(&ring.empty[copy % STAGES], copy / STAGES % 2 ^ 1);
-    }
     __syncwarp();
   } else {
     registers_grow<Tile::MULTIPLIER_REGISTERS>();
@@ -189,6 +184,15 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
           const int32_t four[4] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
           store_group(problem.output, four, factors + 8 * j, columns, first_m + 8 * j, first_n);
         }
+      }
+    }
+    if (CLUSTER > 1 && group == 0 && warp == 0 && lane == 0) {
+      // This block does not end before the other one's last arrivals at its barriers, as if it copied once more to every stage. All copies
+      // have been multiplied here, so no stage is more than one arrival behind. (Code behind the copier's loop costs it its uniform
+      // registers, and a barrier of the cluster is a fence of the whole GPU.)
+      for (int i = 0; i < STAGES; ++i) {
+        barrier_wait(&ring.empty[ring.stage], ring.parity ^ 1);
+        ring.advance();
       }
     }
   }

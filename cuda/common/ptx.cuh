@@ -42,7 +42,7 @@ __device__ __forceinline__ uint32_t pack_nibbles(uint32_t low, uint32_t high, ui
 }
 
 // The same to numbers of 2 bits.
-__device__ __forceinline__ uint32_t pack_pairs(uint32_t low, uint32_t high, uint32_t above) {
+__device__ __forceinline__ uint32_t pack_two_bits(uint32_t low, uint32_t high, uint32_t above) {
   uint32_t word;
   asm("cvt.pack.sat.u2.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(high), "r"(low), "r"(above));
   return word;
@@ -61,7 +61,7 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
   return value;
 }
 
-// Subnormal numbers too.
+// Of subnormal numbers too.
 __device__ __forceinline__ float sqrt_approximate(float x) {
   float value;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(value) : "f"(x));

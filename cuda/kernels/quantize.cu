@@ -346,7 +346,7 @@ constexpr int kMaxRowWarps = 32;
 constexpr int kWarpBlocks = 8;  // blocks of 128 values that a warp holds, a quad of lanes each
 
 // How codes are made: one bit is a comparison; int4 as nibbles and int2 as planes have an instruction that clamps and packs two of them.
-enum class CodeKind : int32_t { kNibble, kPair, kBit, kAny };
+enum class CodeKind : int32_t { kNibble, kTwoBits, kBit, kAny };
 
 // The registers hold x_h/gain: what the rotation multiplies by is part of the factors that follow it.
 struct BlocksProblem {
@@ -413,15 +413,16 @@ __device__ __forceinline__ float sum_of_squares(const float (&x)[kQuadValues]) {
 }
 
 // Of the warps of a row, in shared memory.
+using WarpSums = float4[kMaxRowWarps / 4 + 1];  // the last warp leaves zeros up to a whole vector
 struct RowSums {
-  float4 input_squares[kMaxRowWarps / 4 + 1], squares[kMaxRowWarps / 4 + 1];  // of each; the last one leaves zeros up to a whole vector
+  WarpSums squares;
   uint32_t codes;  // of those that have arrived, and how many these are: kArrival each
 };
 constexpr uint32_t kArrival = 1u << 24;  // more than 32768 codes of 8 bits
 static_assert(kMaxRowWarps * kWarpBlocks * kQuadBlock * 255 < kArrival && kMaxRowWarps < 256, "a word holds both");
 
 // Sum over the warps of a row; every thread gets it.
-__device__ __forceinline__ float sum_over_warps(float value, float4* sums, int warps) {
+__device__ __forceinline__ float sum_over_warps(float value, WarpSums& sums, int warps) {
   if (warps == 1) return value;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   if (lane < (warp + 1 == warps ? 4 : 1)) reinterpret_cast<float*>(sums)[warp + lane] = lane == 0 ? value : 0.0f;
@@ -495,21 +496,22 @@ __device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], 
 
 // 32 integers as numbers of 2 bits, those beyond 0 ... 3 as the nearest: the even ones' and the odd ones', each from the lowest bits on.
 template <typename Integer>
-__device__ __forceinline__ uint2 every_second(const Integer& integer) {
+__device__ __forceinline__ uint2 pack_evens_and_odds(const Integer& integer) {
   uint2 words{};
 #pragma unroll
   for (int i = kQuadValues - 4; i >= 0; i -= 4) {
-    words.x = pack_pairs(integer(i), integer(i + 2), words.x);
-    words.y = pack_pairs(integer(i + 1), integer(i + 3), words.y);
+    words.x = pack_two_bits(integer(i), integer(i + 2), words.x);
+    words.y = pack_two_bits(integer(i + 1), integer(i + 3), words.y);
   }
   return words;
 }
 
 // Which of 32 numbers are positive, the first one's bit lowest; number(i) gives them. As integers, floats have their signs: of two bits,
-// positive ones are 3, others 0. (Smallest numbers, of one or two units of 2^-149, would not be: what is compared here is never as near.)
+// positive ones are 3, others 0. (One or two units of 2^-149 would not be; numbers as near as that are compared only in float32 rows whose
+// sigma is 0.)
 template <typename Number>
 __device__ __forceinline__ uint32_t gather_positive(const Number& number) {
-  const auto [even, odd] = every_second([&](int i) { return __float_as_uint(number(i)); });
+  const auto [even, odd] = pack_evens_and_odds([&](int i) { return __float_as_uint(number(i)); });
   return (even & 0x55555555u) | (odd & 0xAAAAAAAAu);
 }
 
@@ -551,9 +553,9 @@ __device__ __forceinline__ uint32_t complement(const BlocksProblem& problem, flo
 }
 
 // int2 as planes.
-__device__ __forceinline__ uint32_t write_pairs(const BlocksProblem& problem, const float (&x)[kQuadValues], float slope, uint32_t all,
-                                                uint32_t block, bool exists) {
-  const auto [even, odd] = every_second([&](int i) { return complement<2>(problem, x[i], slope); });
+__device__ __forceinline__ uint32_t write_two_planes(const BlocksProblem& problem, const float (&x)[kQuadValues], float slope, uint32_t all,
+                                                     uint32_t block, bool exists) {
+  const auto [even, odd] = pack_evens_and_odds([&](int i) { return complement<2>(problem, x[i], slope); });
   const uint32_t evens = ~even & all, odds = ~odd & all;
   const uint32_t planes[2] = {(evens & 0x55555555u) | (odds & 0x55555555u) << 1, (evens >> 1 & 0x55555555u) | (odds & 0xAAAAAAAAu)};
   uint8_t* const target = problem.codes + (uint64_t{block} * 16 + gathered_byte());
@@ -708,7 +710,7 @@ __device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, co
   const bool finite = squares <= (kTensorCores ? kLargestFloat / 8 : kLargestFloat);
   const float sigma = sqrt_approximate(__fmul_rn(squares, problem.mean_factor));
   const float scale = __fadd_rn(__fmul_rn(problem.scale_factor, sigma), problem.scale_epsilon);
-  // (A scale above 0 is no subnormal number: sigma is 0, or at least 2^-75.)
+  // (A scale above 0 is no subnormal number: sigma is 0, or at least 2^-75. Of rows that are smaller the CPU's may still be above 0.)
   const float slope = finite && scale > 0.0f ? problem.gain_over_steps * reciprocal_approximate(scale) : 0.0f;
   const uint32_t all = finite ? 0xFFFFFFFFu : 0u;
   if (problem.mask != nullptr) {
@@ -721,7 +723,7 @@ __device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, co
   uint32_t code_sum = 0;
   switch (problem.code_kind) {
     case CodeKind::kNibble: code_sum = write_nibbles(problem, x, slope, all, block.index, block.exists); break;
-    case CodeKind::kPair: code_sum = write_pairs(problem, x, slope, all, block.index, block.exists); break;
+    case CodeKind::kTwoBits: code_sum = write_two_planes(problem, x, slope, all, block.index, block.exists); break;
     case CodeKind::kBit: code_sum = write_bits(problem, x, scale * problem.boundary_factor, all, block.index, block.exists); break;
     case CodeKind::kAny: code_sum = write_codes(problem, x, slope, all, block.index, block.exists); break;
   }
@@ -780,10 +782,11 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
     Raw weight[4];
     load_chunks(raw, problem.x, block.index);
     if constexpr (kLoadsAhead) load_chunks(weight, problem.norm_weight, in_row);
+    __shared__ WarpSums input_squares;
     float values[kQuadValues];
 #pragma unroll
     for (int i = 0; i < 4; ++i) raw[i].to_floats(values + i * kChunk);
-    const float squares = sum_over_warps(sum_over_warp(block.exists ? sum_of_squares(values) : 0.0f), sums.input_squares, warps);
+    const float squares = sum_over_warps(sum_over_warp(block.exists ? sum_of_squares(values) : 0.0f), input_squares, warps);
     if constexpr (!kLoadsAhead) load_chunks(weight, problem.norm_weight, in_row);
     const float factor = norm_factor(squares, problem.one_over_k, problem.norm_epsilon);
 #pragma unroll
@@ -853,7 +856,7 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   blocks.code_kind = CodeKind::kAny;
   const bool nibbles = problem.layout == Layout::kPacked || problem.layout == Layout::kEvenOdd;
   if (kind == GridKind::kInt && quantizer.grid.bits == 1 && problem.layout == Layout::kPlanes) blocks.code_kind = CodeKind::kBit;
-  if (kind == GridKind::kInt && quantizer.grid.bits == 2 && problem.layout == Layout::kPlanes) blocks.code_kind = CodeKind::kPair;
+  if (kind == GridKind::kInt && quantizer.grid.bits == 2 && problem.layout == Layout::kPlanes) blocks.code_kind = CodeKind::kTwoBits;
   if (kind == GridKind::kInt && quantizer.grid.bits == 4 && nibbles) blocks.code_kind = CodeKind::kNibble;
   // 1/2 + x_h/step is rounded to more than 1/2 from 2^-25 on.
   blocks.boundary_factor = static_cast<float>(0x1p-25 * grid.steps / gain);
@@ -866,8 +869,8 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   blocks.stored_add = ((grid.stored_add + 0x80u) & 0xFFu) * 0x01010101u;
 
   const int warps = (blocks.blocks + kWarpBlocks - 1) / kWarpBlocks;
-  // A row a thread block: rows then finish, and others start, without waiting. Only rows of one warp share a block, since a multiprocessor
-  // holds fewer blocks than such rows; not where that would leave multiprocessors idle.
+  // In one dimension (hadamard_tensor_cores). A row a thread block: rows then finish, and others start, without waiting. Only rows of one
+  // warp share a block, since a multiprocessor holds fewer blocks than such rows; not where that would leave multiprocessors idle.
   int block_rows = warps == 1 ? 8 : 1;
   while (block_rows > 1 && problem.rows / block_rows < device.sm_count) block_rows /= 2;
   const dim3 threads(static_cast<unsigned>(warps * kWarpSize), static_cast<unsigned>(block_rows));

@@ -29,9 +29,9 @@ class Gemm : public testing::GpuTest {};
 class GemmWeightOnly : public testing::GpuTest {};
 
 // One row to several tiles of every size, ragged in each direction; k that 16, 8 and nothing divides.
-const std::vector<Shape> kShapes = {{1, 1, 1},    {1, 32, 128},   {1, 65, 4096},   {2, 33, 40},   {7, 40, 1000},
-                                    {8, 64, 256}, {9, 31, 129},   {16, 96, 512},   {17, 63, 96},  {33, 70, 257},
-                                    {64, 64, 64}, {65, 130, 192}, {129, 200, 320}, {257, 129, 64}};
+const std::vector<Shape> kShapes = {{1, 1, 1},     {1, 32, 128}, {1, 65, 4096},  {2, 33, 40},     {7, 40, 1000},
+                                    {8, 64, 256},  {9, 31, 129}, {16, 96, 512},  {17, 63, 96},    {33, 70, 257},
+                                    {50, 70, 320}, {64, 64, 64}, {65, 130, 192}, {129, 200, 320}, {257, 129, 64}};
 
 TEST_F(Gemm, Int8OfEveryPairOfLayouts) {
   Random random(1);

@@ -199,6 +199,11 @@ TEST_F(Quantize, EveryRowLengthAndType) {
   for (const int64_t k : {1, 2, 3, 4, 6, 8, 12, 16, 24, 100, 127, 160, 192, 255, 256, 264, 1000, 2048, 2056, 4096, 11008}) {
     for (const DType dtype : testing::kDTypes) check_all_layouts(int4, random.normals(3 * k), dtype, 3, k, 0);
   }
+  for (const char* text : {"int1-hadamard-trust", "int2-hadamard-trust"}) {
+    for (const int64_t k : {1152, 11008}) {
+      for (const DType dtype : testing::kDTypes) check_all_layouts(parse_quantizer(text), random.normals(3 * k), dtype, 3, k, 0);
+    }
+  }
   check_all_layouts(int4, random.normals(2 * 32768), DType::kBFloat16, 2, 32768, 0);
   check_all_layouts(int4, random.normals(40000), DType::kBFloat16, 1, 40000, 0);        // too long for registers: two passes over x
   check_all_layouts(int4, random.normals(37 * 128), DType::kFloat16, 37, 128, 0);       // several rows a thread block
@@ -222,7 +227,7 @@ TEST_F(Quantize, RowsWithoutNumbersAndRowsOfZeros) {
   for (int64_t j = 0; j < k; ++j) values[3 * k + j] = 1e30f;  // finite, but its square is not
   for (int64_t j = 0; j < k; ++j) values[4 * k + j] = 0;
   for (const char* text : {"int4-hadamard-trust", "int4-none-4:8-trust", "fp4-hadamard-ste", "gauss4-none-clip", "int_zero4-none-trust",
-                           "ternary-hadamard-clip", "int8-none-trust"}) {
+                           "ternary-hadamard-clip", "int8-none-trust", "int2-hadamard-trust", "int1-hadamard-clip"}) {
     const Quantizer quantizer = parse_quantizer(text);
     for (const DType dtype : testing::kDTypes) {  // in float16 the row of 1e30 is one of infinities
       check_all_layouts(quantizer, values, dtype, rows, k, 0);

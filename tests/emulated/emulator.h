@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
@@ -82,6 +83,7 @@ struct Block {
   uint32_t operands[kMostThreads / kWarpgroup][64][8], metadata[kMostThreads / kWarpgroup][64][2];
   Cluster* cluster = nullptr;
   int rank = 0;
+  std::atomic<int> running{0};  // threads
   alignas(1024) uint8_t shared[kSharedBytes];
 
   void sync_warp(int thread) { warps[thread / kWarp].sync(meeting, kWarp); }

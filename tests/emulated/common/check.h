@@ -50,6 +50,7 @@ void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Pa
       owned.push_back(std::make_unique<emulated::Block>());
       owned.back()->cluster = &cluster;
       owned.back()->rank = rank;
+      owned.back()->running = threads;
       std::memset(owned.back()->shared, 0xA5, emulated::kSharedBytes);  // no zeros for the taking
       cluster.blocks.push_back(owned.back().get());
     }
@@ -63,6 +64,7 @@ void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Pa
           blockDim = {threads, 1, 1};
           gridDim = {blocks, rows, 1};
           kernel(arguments...);
+          --cluster.blocks[rank]->running;
         });
       }
     }

@@ -24,7 +24,11 @@ void change_barrier(const void* barrier, Change change) {
     cluster.counting.notify();
   }
 }
-inline void* in_block(const void* shared, int rank) { return emulated::block->cluster->blocks[rank]->shared + shared_address(shared); }
+inline void* in_block(const void* shared, int rank) {
+  emulated::Block& block = *emulated::block->cluster->blocks[rank];
+  if (block.running == 0) std::abort();  // its shared memory is another block's by now
+  return block.shared + shared_address(shared);
+}
 inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   change_barrier(barrier, [&](auto& counter) { counter = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0}; });
 }
@@ -62,11 +66,10 @@ inline void cluster_wait() {
   emulated::Cluster& cluster = *emulated::block->cluster;
   cluster.barrier.wait(cluster.meeting, emulated::cluster_phase);
 }
-inline void cluster_sync() {
+inline void cluster_sync_relaxed() {
   cluster_arrive_relaxed();
   cluster_wait();
 }
-inline void cluster_sync_relaxed() { cluster_sync(); }
 
 inline void store_async(uint32_t rank, void* target, const int32_t (&words)[4], uint64_t* barrier) {
   std::memcpy(in_block(target, static_cast<int>(rank)), words, 16);
