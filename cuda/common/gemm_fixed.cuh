@@ -181,7 +181,7 @@ struct FixedKernel {
   static constexpr int kPlaneBytes = kWarpgroupColumns * W::kStageRowBytes, kStageBytes = W::kPlanes * kPlaneBytes;
   static constexpr int kTeamWarps = W::kUnitColumns * kTurnRows / 1024;  // that make the numbers of kTurnRows rows of a unit
   static constexpr int kTeams = kFixedGroups * 4 / kTeamWarps;
-  // Boxes of w of a warpgroup: brought to the second cache before the kernel before this one has ended; asked for before a is there.
+  // Boxes of w of a warpgroup: brought to the second cache before the kernel before this one has ended; asked for before a is.
   static constexpr int kPrefetched = W::kByBits ? 0 : 2, kEarlySlots = W::kByBits ? (ROWS <= 4 ? 1 : 0) : 4;
   static_assert(W::kByBits || kTurnRows == 8, "digits come in tiles of 8 rows");
   static constexpr int kParts = 4 * kEights;  // of a tile: the sums of a warp with 8 rows. Blocks own them in turn.

@@ -92,7 +92,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
     const int first = 4 * warpgroup + warp;
     ring.init_barriers(first, kWarps);
 #pragma unroll 1
-    for (int i = first; i < Tile::MULTIPLIERS * 2 * BUFFERS; i += kWarps) {
+    for (int i = first; i < Tile::MULTIPLIERS * 2 * BUFFERS; i += kWarps) {  // of each group those of `written`, then those of `free`
       barrier_init(&written(0)[i], i % (2 * BUFFERS) < BUFFERS ? kWarpgroup / 32 : 1);
     }
     if (first == 0) {

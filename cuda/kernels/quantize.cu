@@ -448,11 +448,14 @@ __device__ __forceinline__ uint32_t gather_bytes(uint32_t word) {
 }
 __device__ __forceinline__ uint32_t gathered_byte() { return (threadIdx.x & 1) * 8 + (threadIdx.x & 2) * 2; }
 
+// The squares of a row over those of what the products of its rotation on the tensor cores give: 32 sums of 32 values, each over 16.
+constexpr float kSquaresOver = 8.0f;
+
 // The rotation of a lane's 32 values (four chunks of 16-bit values) on the tensor cores, without moving a value between lanes. A of a
 // product holds 16 runs of 16 values, two words of a chunk in the four lanes of a quad; B is +-H_16/16: exact in both types, products are
 // exact and sums are in float32. B's columns have the order of a run. A second product adds or subtracts the neighbouring chunk; strides 2
-// and 64 remain for the registers. Gives x H/16 = x_h/sqrt(2). Returns this lane's share of an eighth of the squares of raw: those of
-// what the products give. (Squares by the tensor cores, of whose sums one in eight would be of use, cost more; so do more products instead
+// and 64 remain for the registers. Gives x H/16 = x_h/sqrt(2). Returns this lane's share of the squares over kSquaresOver: those of what
+// the products give. (Squares by the tensor cores, of whose sums one in eight would be of use, cost more; so do more products instead
 // of the additions of stride 64.)
 template <DType DTYPE>
 __device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], const RawChunk<DTYPE> (&raw)[4]) {
@@ -466,7 +469,7 @@ __device__ __forceinline__ float hadamard_tensor_cores(float (&x)[kQuadValues], 
   const uint32_t plus = (kSixteenth | low << 15) | (kSixteenth | high << 15) << 16;
   const uint32_t minus = plus ^ 0x80008000u;
   // A product takes a pair of neighbouring registers. That a thread block has no second and third coordinate is not known to the compiler:
-  // it keeps all pairs, instead of copying one together for each product (2 % at K = 11008).
+  // it keeps all pairs, instead of copying one together for each product (1 % at K = 11008).
   const uint32_t y = blockIdx.y, z = blockIdx.z;
   const uint32_t both_plus[2] = {plus, plus ^ y}, both_minus[2] = {minus, minus ^ y};
   const uint32_t plus_minus[2] = {plus ^ z, minus ^ z}, minus_plus[2] = {minus ^ (y | z), plus ^ (y | z)};
@@ -707,7 +710,7 @@ __device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, co
   if (warps > 1 && threadIdx.x == 0) sums.codes = 0;
   squares = sum_over_warps(squares, sums.squares, warps);
 
-  const bool finite = squares <= (kTensorCores ? kLargestFloat / 8 : kLargestFloat);
+  const bool finite = squares <= (kTensorCores ? kLargestFloat / kSquaresOver : kLargestFloat);
   const float sigma = sqrt_approximate(__fmul_rn(squares, problem.mean_factor));
   const float scale = __fadd_rn(__fmul_rn(problem.scale_factor, sigma), problem.scale_epsilon);
   // (A scale above 0 is no subnormal number: sigma is 0, or at least 2^-75. Of rows that are smaller the CPU's may still be above 0.)
@@ -826,7 +829,7 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   blocks.norm_weight = static_cast<const uint8_t*>(problem.prologue.weight);
   blocks.norm_epsilon = problem.prologue.epsilon;
   blocks.one_over_k = 1.0f / static_cast<float>(problem.k);
-  blocks.mean_factor = (tensor_cores ? 8.0f : 1.0f) / static_cast<float>(problem.k);
+  blocks.mean_factor = (tensor_cores ? kSquaresOver : 1.0f) / static_cast<float>(problem.k);
   blocks.codes = static_cast<uint8_t*>(problem.output.codes);
   blocks.scale = problem.output.scale;
   blocks.code_sum = problem.output.code_sum;
