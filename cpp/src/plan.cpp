@@ -52,7 +52,7 @@ constexpr int64_t kHopperSharedBytes = 227 * 1024, kFewestStages = 4;
 constexpr int64_t kStationary128Rows = 8192;
 // Times of waves of tiles, in that of one of tiles of 256 rows (a step of 128 columns, measured on an H100). Of 128 rows and 128 or 192
 // columns: half and three quarters of its products, for each of which they copy more bytes. Of 64 rows and 64, 128 and 192 columns: their
-// warpgroups, 4, 2 and 1, share K, and the copy engine brings a multiprocessor some 50 bytes a cycle.
+// warpgroups, 2, 2 and 1, share K, and the copy engine brings a multiprocessor some 50 bytes a cycle.
 struct WgmmaTimes {
   double m128n128, m128n192;  // 0: no such kernel
   double few[3];

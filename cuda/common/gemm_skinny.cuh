@@ -196,6 +196,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
     if constexpr (Kernel::kLoadsAhead) load_a(target.a, slice);
   };
 
+  launch_dependents();
   wait_for_prerequisites();
 
   WeightRows rows = rows_of(first_n), next_rows = rows;

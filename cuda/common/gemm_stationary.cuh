@@ -258,6 +258,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
       if (lane == 0) barrier_arrive(&empty[previous]);
       fresh = false;
       advance(kMultipliers);
+      if (tiles_left <= 0) launch_dependents();
 
       auto store = [&](auto bias, auto dtype) {
         store_rows<Tile, bias.value, dtype.value>(accumulators, epilogue.mul, rows, columns, y, first_row, first_n);

@@ -131,6 +131,10 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
     }
   } else if (lane == 0) {
     prefetch_tensor_map(&w_map);
+    // While the kernel before this one ends. (More boxes, or none: 1 to 10 % slower.)
+    for (int unit = 0; unit < min(kStreamKGroups, units); ++unit) {
+      tensor_prefetch(&w_map, (first_unit + unit) * kStreamRowBytes, first_n, 0);
+    }
   }
   __syncthreads();
   cluster_arrive_relaxed();
@@ -217,6 +221,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
   int before = -1;
 #pragma unroll 1
   for (int tile = first_tile;; tile += kTilesAtOnce) {
+    if (tile + kTilesAtOnce >= tiles) launch_dependents();
     if (tile < tiles) {
       int32_t sums[ROWS / 2] = {};
 #pragma unroll 1

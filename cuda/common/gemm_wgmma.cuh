@@ -66,11 +66,11 @@ struct TileCursor {
 };
 
 template <typename Tile>
-__global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __grid_constant__ CUtensorMap a_map,
+__global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __grid_constant__ WgmmaProblem problem,
+                                                                      const __grid_constant__ CUtensorMap a_map,
                                                                       const __grid_constant__ CUtensorMap w_map,
                                                                       const __grid_constant__ CUtensorMap index_map,
-                                                                      const __grid_constant__ CUtensorMap y_map,
-                                                                      const __grid_constant__ WgmmaProblem problem) {
+                                                                      const __grid_constant__ CUtensorMap y_map) {
 #ifdef QUEST_SM90A
   constexpr int BLOCK_M = Tile::BLOCK_M, CLUSTER = Tile::CLUSTER, STAGES = Tile::STAGES, BUFFERS = Tile::BUFFERS;
   using Piece = typename Tile::Piece;
@@ -162,6 +162,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
       const ColumnLoads column_loads(problem.output, first_n);
 
       multiplier.multiply(accumulators, ring, problem, steps, 0);
+      if (tile + tile_stride >= tiles) launch_dependents();
 
       named_barrier(group_barrier(group), kWarpgroup);  // all have written what the old factors were for
       row_loads.store(problem.output, factors);

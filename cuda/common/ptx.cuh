@@ -147,13 +147,21 @@ __device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
   return words;
 }
 
-// ---- neighbours in a stream (programmatic dependent launch, sm_90): a kernel that was launched as `dependent` (check.h) may start while
-// the one before it still runs, and waits here until that has ended and its writes are seen. Before that it must not touch memory, but may
-// bring it to the second cache. Once every thread block is here, the next kernel may start to start.
+// ---- neighbours in a stream (programmatic dependent launch, sm_90)
+
+// A kernel that was launched as `dependent` (check.h) may start while the one before it still runs, and waits here until that has ended and
+// its writes are seen. Before that it must not touch memory, but may bring it to the second cache.
 __device__ __forceinline__ void wait_for_prerequisites() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once every thread block has been here, or has ended, the next kernel starts to start, which takes it about half a microsecond. Its blocks
+// go wherever there is room, and wait there: earlier than that they would crowd on the few multiprocessors that have some.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -23,14 +23,16 @@ struct Warpgroups {
 };
 
 struct WgmmaProblem {
-  TileOutput output;
+  // What the copying thread needs, first: each line of a kernel's parameters comes when it is first looked at.
   Steps steps;
   int32_t tiles_m, clusters_n;    // of the tile's rows of y, of the cluster's columns
   uint32_t copied_bytes;          // to a stage of a block
   int32_t paired;                 // FewTile: 1 if two thread blocks share a tile along K, else 0
+  bool prefetches;                // FewTile: the first boxes of w to the second cache, while the kernel before this one ends
   uint32_t flip;                  // ByteFragments
   uint4 table;                    // TableFragments
   uint32_t value_mul, value_add;  // SparseFragments: v + 128, four bytes, of four codes
+  TileOutput output;
 };
 
 // From a tile of 64 rows a warpgroup in shared memory to the words of the instruction, for all instructions of a step: `fetch` loads what

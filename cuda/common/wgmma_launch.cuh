@@ -64,7 +64,7 @@ void launch_wgmma_tile(const char* op, const Operand& a, const Operand& w, Wgmma
   const int64_t tiles = int64_t{problem.tiles_m} * problem.clusters_n;
   const int64_t clusters = std::min<int64_t>(tiles, std::max(1, device.sm_count / Tile::CLUSTER));
   launch_with({Tile::CLUSTER, device.hopper_code}, op, gemm_wgmma_kernel<Tile>, dim3(static_cast<unsigned>(clusters * Tile::CLUSTER)),
-              dim3(Tile::THREADS), Tile::SHARED_BYTES, stream, maps.a, maps.w, maps.index, y_map, problem);
+              dim3(Tile::THREADS), Tile::SHARED_BYTES, stream, problem, maps.a, maps.w, maps.index, y_map);
 }
 
 // A block for each tile, or a pair.
@@ -74,8 +74,10 @@ void launch_few_tile(const char* op, const Operand& a, const Operand& w, WgmmaPr
   const WgmmaMaps maps = wgmma_maps<Tile>(op, a, w, problem, k);
   problem.paired = paired ? 1 : 0;
   const int64_t blocks = int64_t{problem.tiles_m} * problem.clusters_n << problem.paired;
+  // (Blocks that fill the GPU wait for those before them, and find the memory busy: no faster, or slower.)
+  problem.prefetches = 2 * blocks <= device.sm_count;
   launch_with({1 << problem.paired, device.hopper_code}, op, gemm_few_kernel<Tile>, dim3(static_cast<unsigned>(blocks)),
-              dim3(Tile::THREADS), Tile::SHARED_BYTES, stream, maps.a, maps.w, maps.index, problem);
+              dim3(Tile::THREADS), Tile::SHARED_BYTES, stream, problem, maps.a, maps.w, maps.index);
 }
 
 // Whether this GPU has the code, and the copy engine can read both operands: rows that start at multiples of 16 bytes.

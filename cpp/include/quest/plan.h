@@ -44,7 +44,7 @@ GemmTile plan_tile(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t c
 GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t sm_count);
 GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count);
 // split_k of plan_wgmma's tiles of few rows, by their 64, 128 or 192 columns; twice the first where two thread blocks share K.
-constexpr int32_t kWgmmaFewSplit[3] = {4, 2, 1};
+constexpr int32_t kWgmmaFewSplit[3] = {2, 2, 1};
 // The product of one plane each, which has two kernels of its own: that for few rows, and one whose rows of w stay in shared memory
 // (results in rows that start at multiples of 16 bytes; others get plan_wgmma's tile).
 GemmTile plan_bits(int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);

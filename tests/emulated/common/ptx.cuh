@@ -42,6 +42,7 @@ inline void cp_async_commit() {}
 template <int PENDING>
 void cp_async_wait() {}
 inline void wait_for_prerequisites() {}
+inline void launch_dependents() {}
 inline void named_barrier(int id, int threads) { emulated::block->named[id].sync(emulated::block->meeting, threads); }
 
 // ---- what a lane shows the others of its warp
