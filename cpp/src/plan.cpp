@@ -59,9 +59,9 @@ struct WgmmaTimes {
 };
 constexpr WgmmaTimes kBytesTimes = {0.57, 0.8, {0.25, 0.4, 0.67}}, kOtherTimes = {0.7, 0, {0.5, 0.75, 1.1}};
 
-// Steps along K from which two thread blocks share a tile of 64 columns where half of the multiprocessors would have none. (Bit planes take
-// so few steps, each several times, that it does not pay.)
-constexpr int64_t kPairedSteps = 8;
+// Steps along K from which two thread blocks share a tile of 64 columns where half of the multiprocessors would have none: of bytes, and of
+// bit planes, each of which is several.
+constexpr int64_t kPairedSteps = 8, kPairedPlaneSteps = 4;
 
 // Rows up to which the kernel for few rows is faster than wgmma: of bytes and, on Hopper, where its warps unpack a for themselves, of
 // packed codes. (Elsewhere more than 16 rows are not measured.)
@@ -197,8 +197,8 @@ GemmTile plan_wgmma(GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t 
   for (int i = 0; i < 3; ++i) consider(kWgmmaFew[fewest][i], times.few[i], 1, kWgmmaFewSplit[i]);
   if (m <= kWgmmaFew[0][0].block_m) {
     const TileRow& narrow = kWgmmaFew[fewest][0];
-    if (family != GemmFamily::kPlanes && best.block_n == narrow.block_n && 2 * tiles(narrow, m, n) <= sm_count &&
-        k >= kPairedSteps * block_k) {
+    const int64_t paired_steps = family == GemmFamily::kPlanes ? kPairedPlaneSteps : kPairedSteps;
+    if (best.block_n == narrow.block_n && 2 * tiles(narrow, m, n) <= sm_count && k >= paired_steps * block_k) {
       best.cluster = 2;
       best.split_k *= 2;
     }

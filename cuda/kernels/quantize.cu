@@ -806,12 +806,13 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
   quantize_loaded<DTYPE, ROTATE>(problem, raw, block, sums, warps);
 }
 
-// Shared memory that nobody uses: so much that a multiprocessor has room for its share of few blocks and for none more. These blocks start
-// while the kernel before still runs, and go wherever there is room: all to the few multiprocessors that it has left, otherwise (64 rows in
-// front of a product by 128 blocks then take 2.8 us instead of 1.4, 512 rows 3.9 instead of 2).
-size_t shared_for_share(const Device& device, int64_t thread_blocks) {
+// Shared memory that nobody uses: so much that a multiprocessor has room for its share of few blocks, or for a warp for each of its four
+// schedulers, and for none more. These blocks start while the kernel before still runs, and go wherever there is room: all to the few
+// multiprocessors that it has left, otherwise (64 rows in front of a product by 128 blocks then take 2.8 us instead of 1.4, 512 rows 3.9
+// instead of 2).
+size_t shared_for_share(const Device& device, int64_t thread_blocks, int64_t block_warps) {
   constexpr int64_t kReserved = 1024, kMostShare = 16;  // of shared memory, by each block; blocks that fill a multiprocessor in any case
-  const int64_t share = (thread_blocks + device.sm_count - 1) / device.sm_count;
+  const int64_t share = std::max((thread_blocks + device.sm_count - 1) / device.sm_count, 4 / block_warps);
   if (share > kMostShare) return 0;
   return static_cast<size_t>((device.shared_bytes + kReserved) / (share + 1) - kReserved + 128);
 }
@@ -889,7 +890,7 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   while (block_rows > 1 && problem.rows / block_rows < device.sm_count) block_rows /= 2;
   const dim3 threads(static_cast<unsigned>(warps * kWarpSize), static_cast<unsigned>(block_rows));
   const dim3 thread_blocks = grid_of(op, (problem.rows + block_rows - 1) / block_rows);
-  const size_t shared = device.hopper_code ? shared_for_share(device, thread_blocks.x) : 0;
+  const size_t shared = device.hopper_code ? shared_for_share(device, thread_blocks.x, warps * block_rows) : 0;
   with_dtype(problem.dtype, [&](auto type) {
     auto run = [&](auto kernel) { launch_with({1, device.hopper_code}, op, kernel, thread_blocks, threads, shared, stream, blocks); };
     switch (prologue) {

@@ -146,7 +146,8 @@ TEST(Plan, HopperTilesByRows) {
   EXPECT_EQ(plan(64, 4096, 4096).cluster, 2);
   EXPECT_EQ(plan(64, 4096, 512).cluster, 1);
   EXPECT_EQ(plan_tile(GemmFamily::kSparse, 16, 4096, 4096, 90, 132).cluster, 2);
-  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 64, 4096, 11008, 90, 132).cluster, 1);
+  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 64, 4096, 11008, 90, 132).cluster, 2);
+  EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 64, 4096, 2048, 90, 132).cluster, 1);
   EXPECT_EQ(plan(128, 4096, 4096).split_k, 2);
   EXPECT_EQ(plan(64, 12288, 4096).split_k, 2);
   EXPECT_EQ(plan(64, 22016, 4096).split_k, 1);

@@ -145,7 +145,11 @@ TEST(Emulated, SharedK) {
       check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), w4, m, n, k);
       check_product(kInt8, Matrix(random, kInt8Grid, Layout::kValues, m, k), w8, m, n, k, DType::kBFloat16);
     }
-    check_product(kPlanes, Matrix(random, kInt2Grid, Layout::kPlanes, 3, 8 * k), w2, 3, n, 8 * k);
+    for (const int64_t m : {3, 40}) {
+      const GemmTile tile = plan_wgmma(GemmFamily::kPlanes, m, n, 8 * k, multiprocessors);
+      ASSERT_EQ(std::tuple(tile.block_m, tile.cluster), std::tuple(m > 16 ? 64 : 16, cluster));
+      check_product(kPlanes, Matrix(random, kInt2Grid, Layout::kPlanes, m, 8 * k), w2, m, n, 8 * k);
+    }
   }
 }
 
