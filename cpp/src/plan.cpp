@@ -51,8 +51,8 @@ constexpr int64_t kHopperSharedBytes = 227 * 1024, kFewestStages = 4;
 // leave the L2 cache in between (16384 x 4096 x 11008 on an H200: 171 us, tiles of both operands 146; 4096 rows: 38, 40).
 constexpr int64_t kStationary128Rows = 8192;
 // Times of waves of tiles, in that of one of tiles of 256 rows (a step of 128 columns, measured on an H100). Of 128 rows and 128 or 192
-// columns: half and three quarters of its products, for each of which they copy more bytes. Of 64 rows and 64, 128 and 192 columns: their
-// warpgroups, 2, 2 and 1, share K, and the copy engine brings a multiprocessor some 50 bytes a cycle.
+// columns: half and three quarters of its products, for each of which they copy more bytes. Of 64 rows and 64, 128 and 192 columns: 2, 2
+// and 1 of their warpgroups share K (measured when 4, 2 and 1 did), and the copy engine brings a multiprocessor some 50 bytes a cycle.
 struct WgmmaTimes {
   double m128n128, m128n192;  // 0: no such kernel
   double few[3];
@@ -60,7 +60,7 @@ struct WgmmaTimes {
 constexpr WgmmaTimes kBytesTimes = {0.57, 0.8, {0.25, 0.4, 0.67}}, kOtherTimes = {0.7, 0, {0.5, 0.75, 1.1}};
 
 // Steps along K from which two thread blocks share a tile of 64 columns where half of the multiprocessors would have none: of bytes, and of
-// bit planes, each of which is several.
+// bit planes, which take each once for every pair of planes.
 constexpr int64_t kPairedSteps = 8, kPairedPlaneSteps = 4;
 
 // Rows up to which the kernel for few rows is faster than wgmma: of bytes and, on Hopper, where its warps unpack a for themselves, of

@@ -7,8 +7,7 @@
 // up every second pair of these groups.
 //
 // What follows the last product counts: at 64 x 4096 x 4096 it took 1.7 us of 5.9 with four warpgroups that shared K, whose sums are four
-// times the bytes in shared memory. (Sums sent to the other block before the block's own are added: twice or four times the bytes between
-// blocks, 0.4 us slower.)
+// times the bytes in shared memory.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +29,8 @@ struct FewTile : Warpgroups<N_GROUPS_, kWgmmaFewSplit[N_GROUPS_ - 1]> {
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int THREADS = MULTIPLIERS * kWarpgroup + 32;  // the last warp copies
   static constexpr int FACTORS_BYTES = N_GROUPS * BLOCK_M * static_cast<int>(sizeof(RowFactors));
-  // Two groups of 8 rows, of which each of two warpgroups that share K adds up one; what it is given of those by the other, and by the
-  // other block.
+  // Pairs of groups of 8 rows: of two warpgroups that share K each adds up one group. It is given the other warpgroup's sums of it, and is
+  // sent those of the other block.
   static constexpr int PAIRS = BLOCK_M / 16, PART_BYTES = kWarpgroup * 16;
   static constexpr int GIVEN_BYTES = K_GROUPS == 1 ? 0 : MULTIPLIERS * PAIRS * PART_BYTES;
   static constexpr int SENT_BYTES = N_GROUPS == 1 ? MULTIPLIERS * ((PAIRS + 1) / 2) * PART_BYTES : 0;
@@ -59,7 +58,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   uint64_t* const all_sent = barriers + 2 * STAGES;
 
   // Of two blocks that share a tile each makes y of every second pair of groups of 8 rows.
-  const int paired = problem.paired, rank = static_cast<int>(blockIdx.x) & paired;
+  const int paired = Tile::SENT_BYTES > 0 ? problem.paired : 0, rank = static_cast<int>(blockIdx.x) & paired;
   const int tile = static_cast<int>(blockIdx.x) >> paired;
   const int first_m = tile % problem.tiles_m * BLOCK_M, tile_n = tile / problem.tiles_m * Tile::BLOCK_N;
   const int pairs = min(Tile::PAIRS, (static_cast<int>(problem.output.epilogue.output.m) - first_m + 15) / 16);
@@ -165,7 +164,8 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
       }
       const ColumnFactors columns = column_loads.factors(problem.output);
       if (paired) barrier_wait(all_sent, 0);  // and no block ends before what it is sent is there
-      // (A loop over what lies in memory, since every instruction of a kernel this short is one that has to be fetched.)
+      // (A loop over what lies in memory, for which even a lone block's sums go there and back: every instruction of a kernel this short is
+      // one that has to be fetched.)
 #pragma unroll 1
       for (int i = rank; i < pairs; i += 1 + paired) {
         const int4 own = *place_of(i, k_group), other = paired ? *sent_place_of(i) : make_int4(0, 0, 0, 0);

@@ -281,7 +281,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   }
   __syncthreads();
   if (blocks > 1) cluster_arrive_relaxed();
-  launch_dependents();
+  launch_dependents();  // at once: up to 0.3 us faster here
   wait_for_prerequisites();
 
   if (warpgroup == kFixedGroups) {

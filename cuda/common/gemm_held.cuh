@@ -166,7 +166,7 @@ __global__ __launch_bounds__(32 * WARPS,
   const int block_n = 8 * problem.eights.first(block), last_n = min(8 * problem.eights.first(block + 1), static_cast<int>(y.n));
   const int first_n = block_n + team * kHeldUnitN, stride = WARPS / team_warps * kHeldUnitN;
 
-  launch_dependents();
+  launch_dependents();  // at once: up to 0.3 us faster here
   wait_for_prerequisites();
   if (first_n >= last_n) return;  // a team without rows of w meets nobody
 

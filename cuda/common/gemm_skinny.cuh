@@ -196,7 +196,7 @@ __global__ __launch_bounds__(kSkinnyThreads, 1) void gemm_skinny_kernel(const __
     if constexpr (Kernel::kLoadsAhead) load_a(target.a, slice);
   };
 
-  launch_dependents();
+  launch_dependents();  // at once: up to 0.3 us faster here
   wait_for_prerequisites();
 
   WeightRows rows = rows_of(first_n), next_rows = rows;

@@ -38,7 +38,8 @@ struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
   using Mma = Mma_;
   using Fragments = Fragments_;
   static constexpr int BLOCK_M = BLOCK_M_, CLUSTER = BLOCK_M == 256 ? 2 : 1;
-  using Piece = OutputPiece<64>;  // of y, that a warpgroup hands over at once, through buffers of its own
+  static constexpr int THREADS = (1 + MULTIPLIERS) * kWarpgroup;  // the first warpgroup copies
+  using Piece = OutputPiece<64>;                                  // of y, that a warpgroup hands over at once, through buffers of its own
   static constexpr int BUFFERS = 2;
   static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;

@@ -157,8 +157,9 @@ __device__ __forceinline__ void wait_for_prerequisites() {
 #endif
 }
 
-// Once every thread block has been here, or has ended, the next kernel starts to start, which takes it about half a microsecond. Its blocks
-// go wherever there is room, and wait there: earlier than that they would crowd on the few multiprocessors that have some.
+// Once a thread of every block has been here, or the block has ended, the next kernel starts to start, which takes it about half a
+// microsecond. Its blocks go wherever there is room, and wait there: started too early, they crowd on the few multiprocessors that have
+// some.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -14,21 +14,21 @@ namespace quest::cuda {
 
 inline constexpr int kStepRowBytes = 128;  // of a: what the 128-byte swizzle covers
 
-// The warpgroups of a block: one that copies, and those that multiply, 64 rows of w each. K_GROUPS of these have the same rows and share
-// the stages.
+// The warpgroups of a block that multiply, 64 rows of w each. K_GROUPS of them have the same rows and share the stages.
 template <int N_GROUPS_, int K_GROUPS_ = 1>
 struct Warpgroups {
   static constexpr int N_GROUPS = N_GROUPS_, K_GROUPS = K_GROUPS_, MULTIPLIERS = N_GROUPS * K_GROUPS;
-  static constexpr int THREADS = (1 + MULTIPLIERS) * kWarpgroup, BLOCK_N = N_GROUPS * kWarpgroupColumns;
+  static constexpr int BLOCK_N = N_GROUPS * kWarpgroupColumns;
 };
 
 struct WgmmaProblem {
   // What the copying thread needs, first: each line of a kernel's parameters comes when it is first looked at.
   Steps steps;
-  int32_t tiles_m, clusters_n;    // of the tile's rows of y, of the cluster's columns
-  uint32_t copied_bytes;          // to a stage of a block
-  int32_t paired;                 // FewTile: 1 if two thread blocks share a tile along K, else 0
-  bool prefetches;                // FewTile: the first boxes of w to the second cache, while the kernel before this one ends
+  int32_t tiles_m, clusters_n;  // of the tile's rows of y, of the cluster's columns
+  uint32_t copied_bytes;        // to a stage of a block
+  int32_t paired;               // FewTile: 1 if two thread blocks share a tile along K, else 0
+  bool prefetches;              // FewTile: the first boxes of w to the second cache, while the kernel before this one ends
+  // And the others.
   uint32_t flip;                  // ByteFragments
   uint4 table;                    // TableFragments
   uint32_t value_mul, value_add;  // SparseFragments: v + 128, four bytes, of four codes

@@ -72,6 +72,7 @@ template <typename Tile>
 void launch_few_tile(const char* op, const Operand& a, const Operand& w, WgmmaProblem problem, int64_t k, bool paired, const Device& device,
                      cudaStream_t stream) {
   const WgmmaMaps maps = wgmma_maps<Tile>(op, a, w, problem, k);
+  check(!paired || Tile::SENT_BYTES > 0, op, ": no kernel for pairs of blocks with tiles of ", Tile::BLOCK_N, " columns");
   problem.paired = paired ? 1 : 0;
   const int64_t blocks = int64_t{problem.tiles_m} * problem.clusters_n << problem.paired;
   // (Blocks that fill the GPU wait for those before them, and find the memory busy: no faster, or slower.)

@@ -808,13 +808,14 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
 
 // Shared memory that nobody uses: so much that a multiprocessor has room for its share of few blocks, or for a warp for each of its four
 // schedulers, and for none more. These blocks start while the kernel before still runs, and go wherever there is room: all to the few
-// multiprocessors that it has left, otherwise (64 rows in front of a product by 128 blocks then take 2.8 us instead of 1.4, 512 rows 3.9
-// instead of 2).
+// multiprocessors that it has left, otherwise. (Behind a product by 128 blocks 64 rows of 4096 values then take 2.8 us instead of 1.4, from
+// when that has ended; 512 rows of 2048 3.9 instead of 2.)
 size_t shared_for_share(const Device& device, int64_t thread_blocks, int64_t block_warps) {
-  constexpr int64_t kReserved = 1024, kMostShare = 16;  // of shared memory, by each block; blocks that fill a multiprocessor in any case
+  constexpr int64_t kReserved = 1024, kUnit = 128;  // of each block; static memory fits into what the divisions leave
+  constexpr int64_t kMostShare = 16;                // of two warps and more, which fill a multiprocessor in any case
   const int64_t share = std::max((thread_blocks + device.sm_count - 1) / device.sm_count, 4 / block_warps);
   if (share > kMostShare) return 0;
-  return static_cast<size_t>((device.shared_bytes + kReserved) / (share + 1) - kReserved + 128);
+  return static_cast<size_t>((device.shared_bytes + kReserved) / (share + 1) - kReserved + kUnit);
 }
 
 // Runs quantize_blocks_kernel if this problem is one for it.

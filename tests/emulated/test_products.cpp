@@ -124,8 +124,8 @@ TEST(Emulated, HeldRows) {
   emulated::compute_capability = 90;
 }
 
-// Tiles of 64 and 16 rows, of 64, 128 and 192 columns, whose warpgroups share K: as many steps for each, and fewer for some; more than the
-// ring has stages; two thread blocks a tile.
+// Tiles of 64 and 16 rows, of 64 and 128 columns, whose warpgroups share K, and of 192: as many steps for each, and fewer for some; more
+// than the ring has stages; two thread blocks a tile.
 TEST(Emulated, SharedK) {
   Random random(3);
   struct Case {
@@ -144,6 +144,10 @@ TEST(Emulated, SharedK) {
       ASSERT_EQ(std::tuple(tile.block_m, tile.block_n, tile.cluster), std::tuple(64, block_n, cluster));
       check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), w4, m, n, k);
       check_product(kInt8, Matrix(random, kInt8Grid, Layout::kValues, m, k), w8, m, n, k, DType::kBFloat16);
+    }
+    if (cluster == 2) {
+      const Matrix sparse(random, kInt4Grid, Layout::kPacked, n, k, Fill::kRandom, true);
+      for (const int64_t m : {3, 20}) check_product(kSparse, Matrix(random, kInt4Grid, Layout::kEvenOdd, m, k), sparse, m, n, k);
     }
     for (const int64_t m : {3, 40}) {
       const GemmTile tile = plan_wgmma(GemmFamily::kPlanes, m, n, 8 * k, multiprocessors);
