@@ -376,6 +376,13 @@ GemmTile plan_mma_sync(GemmFamily family, int64_t m, int64_t n, int32_t sm_count
   return {row.kernel, false, row.block_m, row.block_n, elements_of_64_bytes(family), 1, 1, row.reason};
 }
 
+int64_t plan_spread_bytes(int64_t thread_blocks, int64_t block_warps, int32_t sm_count, int64_t shared_bytes) {
+  constexpr int64_t kSchedulers = 4, kUnit = 128;  // of a multiprocessor; shared memory is given in
+  const int64_t share = std::max((thread_blocks + sm_count - 1) / sm_count, kSchedulers / block_warps);
+  if (share > kSpreadMostShare) return 0;
+  return (shared_bytes + kReservedSharedBytes) / (share + 1) - kReservedSharedBytes + kUnit;
+}
+
 bool plan_native_int4(Layout a_layout, Grid a, Grid w, int32_t compute_capability) {
   // An fp4 code is no affine map of its value; values need more than 4 bits (int4: odd numbers up to 15).
   auto is_nibble = [](Grid grid) { return grid.bits <= 4 && has_values(grid) && grid.kind != GridKind::kFp4; };

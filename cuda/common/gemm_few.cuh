@@ -28,6 +28,7 @@ struct FewTile : Warpgroups<N_GROUPS_, kWgmmaFewSplit[N_GROUPS_ - 1]> {
   static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int THREADS = MULTIPLIERS * kWarpgroup + 32;  // the last warp copies
+  static constexpr int PREFETCHED_STEPS = 2;                     // of each K group
   static constexpr int FACTORS_BYTES = N_GROUPS * BLOCK_M * static_cast<int>(sizeof(RowFactors));
   // Pairs of groups of 8 rows: of two warpgroups that share K each adds up one group. It is given the other warpgroup's sums of it, and is
   // sent those of the other block.
@@ -80,6 +81,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
     cluster_arrive_relaxed();
     if (threadIdx.x == 0) barrier_expect(all_sent, (pairs + 1 - rank) / 2 * Tile::MULTIPLIERS * Tile::PART_BYTES);
   }
+
   // All groups have as many steps: what lies beyond K is zeros.
   Steps steps = problem.steps;
   steps.k_tiles = (((steps.k_tiles + paired) >> paired) + K_GROUPS - 1) / K_GROUPS;
@@ -88,9 +90,10 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   if (warpgroup == Tile::MULTIPLIERS) {
     if (threadIdx.x % 32 == 0) {  // and no more code follows, or the compiler would not let one thread use uniform registers
       if (problem.prefetches && first_m == 0) {
-        for (int i = 0; i < min(2, steps.k_tiles); ++i) {
+        for (int i = 0; i < min(Tile::PREFETCHED_STEPS, steps.k_tiles); ++i) {
           for (int k_group = 0; k_group < K_GROUPS; ++k_group) {
-            tensor_prefetch(&w_map, (first_k_tile + k_group * steps.k_tiles + i) * Tile::Fragments::kRowBytes, tile_n, steps.w_planes - 1);
+            tensor_prefetch(&w_map, (first_k_tile + k_group * steps.k_tiles + i) * Tile::Fragments::kRowBytes, tile_n,
+                            StepCursor(steps).w_plane);
           }
         }
       }

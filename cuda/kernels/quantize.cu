@@ -25,6 +25,7 @@
 #include "common/hadamard.cuh"
 #include "quest/cuda/quantize.h"
 #include "quest/packing.h"
+#include "quest/plan.h"
 #include "quest/rotation.h"
 
 namespace quest::cuda {
@@ -420,6 +421,7 @@ struct RowSums {
 };
 constexpr uint32_t kArrival = 1u << 24;  // more than 32768 codes of 8 bits
 static_assert(kMaxRowWarps * kWarpBlocks * kQuadBlock * 255 < kArrival && kMaxRowWarps < 256, "a word holds both");
+static_assert(sizeof(RowSums) + sizeof(WarpSums) <= kSpreadStaticBytes, "as planned");  // rms_norm has a second sum
 
 // Sum over the warps of a row; every thread gets it.
 __device__ __forceinline__ float sum_over_warps(float value, WarpSums& sums, int warps) {
@@ -806,18 +808,6 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
   quantize_loaded<DTYPE, ROTATE>(problem, raw, block, sums, warps);
 }
 
-// Shared memory that nobody uses: so much that a multiprocessor has room for its share of few blocks, or for a warp for each of its four
-// schedulers, and for none more. These blocks start while the kernel before still runs, and go wherever there is room: all to the few
-// multiprocessors that it has left, otherwise. (Behind a product by 128 blocks 64 rows of 4096 values then take 2.8 us instead of 1.4, from
-// when that has ended; 512 rows of 2048 3.9 instead of 2.)
-size_t shared_for_share(const Device& device, int64_t thread_blocks, int64_t block_warps) {
-  constexpr int64_t kReserved = 1024, kUnit = 128;  // of each block; static memory fits into what the divisions leave
-  constexpr int64_t kMostShare = 16;                // of two warps and more, which fill a multiprocessor in any case
-  const int64_t share = std::max((thread_blocks + device.sm_count - 1) / device.sm_count, 4 / block_warps);
-  if (share > kMostShare) return 0;
-  return static_cast<size_t>((device.shared_bytes + kReserved) / (share + 1) - kReserved + kUnit);
-}
-
 // Runs quantize_blocks_kernel if this problem is one for it.
 bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& problem, const Device& device, cudaStream_t stream) {
   const GridKind kind = quantizer.grid.kind;
@@ -891,9 +881,14 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   while (block_rows > 1 && problem.rows / block_rows < device.sm_count) block_rows /= 2;
   const dim3 threads(static_cast<unsigned>(warps * kWarpSize), static_cast<unsigned>(block_rows));
   const dim3 thread_blocks = grid_of(op, (problem.rows + block_rows - 1) / block_rows);
-  const size_t shared = device.hopper_code ? shared_for_share(device, thread_blocks.x, warps * block_rows) : 0;
+  // (Behind a product by 128 blocks 64 rows of 4096 values took 2.8 us instead of 1.4, from when that had ended, by clocks in the kernel;
+  // 512 rows of 2048 3.9 instead of 2.)
+  const int64_t shared =
+      device.hopper_code ? plan_spread_bytes(thread_blocks.x, warps * block_rows, device.sm_count, device.shared_bytes) : 0;
   with_dtype(problem.dtype, [&](auto type) {
-    auto run = [&](auto kernel) { launch_with({1, device.hopper_code}, op, kernel, thread_blocks, threads, shared, stream, blocks); };
+    auto run = [&](auto kernel) {
+      launch_with({1, device.hopper_code}, op, kernel, thread_blocks, threads, static_cast<size_t>(shared), stream, blocks);
+    };
     switch (prologue) {
       case PrologueKind::kNone:
         rotate ? run(quantize_blocks_kernel<type(), true, PrologueKind::kNone>)

@@ -160,6 +160,25 @@ TEST(Plan, HopperTilesByRows) {
   EXPECT_EQ(plan_tile(GemmFamily::kPlanes, 16, 4096, 4096, 90, 132).block_m, 16);
 }
 
+TEST(Plan, SpreadBlocks) {
+  constexpr int64_t kBlockBytes = 227 * 1024, kBytes = kBlockBytes + kReservedSharedBytes, kUnit = 128;
+  constexpr int32_t kMultiprocessors = 132;
+  for (const int64_t warps : {1, 2, 3, 4, 6, 11, 32}) {
+    for (int64_t blocks = 1; blocks <= 20 * kMultiprocessors; ++blocks) {
+      const int64_t bytes = plan_spread_bytes(blocks, warps, kMultiprocessors, kBlockBytes);
+      const int64_t share = std::max<int64_t>((blocks + kMultiprocessors - 1) / kMultiprocessors, warps < 4 ? 4 / warps : 1);
+      if (share > kSpreadMostShare) {
+        EXPECT_EQ(bytes, 0) << blocks;
+        continue;
+      }
+      // As many blocks fit as are to, whatever static memory they have, and one more does not.
+      const int64_t most = (bytes + kSpreadStaticBytes + kUnit - 1) / kUnit * kUnit + kReservedSharedBytes;
+      EXPECT_LE(share * most, kBytes) << blocks << " blocks of " << warps;
+      EXPECT_GT((share + 1) * (bytes + kReservedSharedBytes), kBytes) << blocks << " blocks of " << warps;
+    }
+  }
+}
+
 TEST(Plan, FewRows) {
   auto is_skinny = [](GemmFamily family, int64_t m, int64_t n, int64_t k, int32_t capability = 90) {
     return std::string(plan_tile(family, m, n, k, capability, 132).kernel).rfind("skinny", 0) == 0;

@@ -137,6 +137,14 @@ constexpr FixedRoom fixed_room(bool one_bit, int32_t planes, int32_t rows) {
 // The product of real activations by a weight in its layout of plan_operands, as plan_tile for the families above.
 GemmTile plan_weight_only(Grid weight, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);
 
+// Shared memory that a kernel on Hopper asks for and does not use, beside at most kSpreadStaticBytes of its own: so much that a
+// multiprocessor has room for its share of few thread blocks, or for a warp for each of its schedulers, and for no block more. Blocks that
+// start while the kernel before still runs go wherever there is room: all to the few multiprocessors that it has left, otherwise. 0: there
+// are so many blocks that they fill every multiprocessor. shared_bytes: what a thread block can have.
+int64_t plan_spread_bytes(int64_t thread_blocks, int64_t block_warps, int32_t sm_count, int64_t shared_bytes);
+constexpr int64_t kSpreadStaticBytes = 320, kSpreadMostShare = 16;
+constexpr int64_t kReservedSharedBytes = 1024;  // of each thread block, by CUDA: a multiprocessor has so much more than a block can have
+
 // Whether gemm_int4, for more rows, multiplies codes as they are, two a byte, on tensor cores for 4-bit integers. Later GPUs than 8.9 only
 // emulate those, several times slower than they multiply int8.
 bool plan_native_int4(Layout a_layout, Grid a, Grid w, int32_t compute_capability);
