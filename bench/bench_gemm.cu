@@ -1,6 +1,6 @@
 // The low-bit products on the GPU, one at a time: microseconds, and what share of the tensor cores' cycles they use at the clock that the
 // GPU really ran at, which tells a kernel that waits from a GPU that is out of power. Prints CSV. Results are compared with the CPU
-// backend's before anything is timed. bench/run.py has the peers.
+// backend's before anything is timed. Operands and results are rotated past the cache. bench/run.py has the peers.
 //
 // bench_gemm CASE [M N K]...    CASE: w4a4, w1a1, w2a2, w4a8, w8a8 ... (wXaY), w4a4s with a 4:8 sparse weight, w1a16 ... with activations
 //                               of bfloat16 (of many rows too, where the operation multiplies by torch); without shapes, the paper's 7B
@@ -164,18 +164,25 @@ void bench_shape(const std::string& name, const Grid* a_grid, Grid w_grid, Spars
   if (operands.family == GemmFamily::kPlanes) product = cuda::gemm_planes, host_product = gemm_planes, operations_a_cycle = 65536;
   if (operands.family == GemmFamily::kSparse) product = cuda::gemm_sparse, host_product = gemm_sparse, operations_a_cycle = 16384;
   if (a_grid == nullptr) operations_a_cycle = 4096;
-  const int64_t w_bytes = n * row_bytes(operands.w, k) * (operands.w == Layout::kPlanes ? w_grid.bits : 1);
-  const int copies = std::min(buffer_count(static_cast<double>(w_bytes)), 64);
+  auto stored_bytes = [&](Layout layout, int64_t rows, int bits) {
+    return rows * row_bytes(layout, k) * (layout == Layout::kPlanes ? bits : 1);
+  };
+  auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
+  const int64_t w_bytes = stored_bytes(operands.w, n, w_grid.bits), y_bytes = aligned(m * n * 2);
+  const int64_t a_bytes = a_grid != nullptr ? stored_bytes(operands.a, m, a_grid->bits) : aligned(m * k * 2);
+  const int copies = std::min(buffer_count(static_cast<double>(w_bytes + a_bytes + y_bytes)), 64);
   const Codes w(arena, w_grid, sparsity, operands.w, n, k, copies);
   std::optional<Codes> a;
-  if (a_grid != nullptr) a.emplace(arena, *a_grid, Sparsity::kNone, operands.a, m, k, 1);
-  const Buffer y(m * n * 2);
+  if (a_grid != nullptr) a.emplace(arena, *a_grid, Sparsity::kNone, operands.a, m, k, copies);
+  const Buffer y(y_bytes * copies);
 
   auto launch = [&](cudaStream_t stream, int i) {
+    const int copy = i % copies;
+    void* const target = y.as() + copy * y_bytes;
     if (a_grid != nullptr) {
-      product(a->device(0), w.device(i % copies), nullptr, y.as(), DType::kBFloat16, m, n, k, stream);
+      product(a->device(copy), w.device(copy), nullptr, target, DType::kBFloat16, m, n, k, stream);
     } else {
-      cuda::gemm_weight_only(arena.source, w.device(i % copies), nullptr, y.as(), DType::kBFloat16, m, n, k, stream);
+      cuda::gemm_weight_only(arena.source + copy * a_bytes, w.device(copy), nullptr, target, DType::kBFloat16, m, n, k, stream);
     }
   };
   launch(nullptr, 0);

@@ -20,6 +20,9 @@ struct Output {
   const float* bias;  // [n] or nullptr
   int64_t m, n;
   bool vectorized;  // rows of y allow 16-byte stores
+
+  // Whether kernels of few rows give a lane two neighbouring columns, for which w's rows lie in another order (weight_map).
+  __host__ __device__ bool adjacent() const { return vectorized && n % 16 == 0; }
 };
 
 // One operand's share of the identity. A row adds other_add * V, V from the row's code sum or, where codes are no affine map of values
@@ -88,6 +91,15 @@ __device__ __forceinline__ void store_at(const Output& output, uint8_t* place, f
     *reinterpret_cast<float*>(place) = y;
   } else {
     *reinterpret_cast<uint16_t*>(place) = static_cast<uint16_t>(narrow);
+  }
+}
+
+// Of two neighbours, at a multiple of their size together.
+__device__ __forceinline__ void store_two_at(const Output& output, uint8_t* place, float y0, float y1) {
+  if (output.dtype == DType::kFloat32) {
+    *reinterpret_cast<float2*>(place) = make_float2(y0, y1);
+  } else {
+    *reinterpret_cast<uint32_t*>(place) = output.dtype == DType::kBFloat16 ? pack_bfloat16(y0, y1) : pack_float16(y0, y1);
   }
 }
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 #include <cstdint>
 
 #include "common/wgmma_fragments.cuh"
@@ -25,6 +26,7 @@ struct FewTile : Warpgroups<N_GROUPS_, kWgmmaFewSplit[N_GROUPS_ - 1]> {
   using Mma = Mma_;
   using Fragments = Fragments_;
   static constexpr int BLOCK_M = BLOCK_M_, CLUSTER = 1;  // blocks that copy a for each other
+  static constexpr bool ORDERS_ROWS = true;              // of w (weight_map)
   static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int THREADS = MULTIPLIERS * kWarpgroup + 32;  // the last warp copies
@@ -55,26 +57,48 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   int4* const given = reinterpret_cast<int4*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
   int4* const sent = reinterpret_cast<int4*>(reinterpret_cast<uint8_t*>(given) + Tile::GIVEN_BYTES);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(sent) + Tile::SENT_BYTES);
-  StageRing<Tile> ring{shared, barriers, barriers + STAGES, problem.copied_bytes};
+  const bool adjacent = problem.output.epilogue.output.adjacent();
+  StageRing<Tile> ring{shared, barriers, barriers + STAGES, problem.copied_bytes, adjacent};
   uint64_t* const all_sent = barriers + 2 * STAGES;
 
   // Of two blocks that share a tile each makes y of every second pair of groups of 8 rows.
   const int paired = Tile::SENT_BYTES > 0 ? problem.paired : 0, rank = static_cast<int>(blockIdx.x) & paired;
   const int tile = static_cast<int>(blockIdx.x) >> paired;
-  const int first_m = tile % problem.tiles_m * BLOCK_M, tile_n = tile / problem.tiles_m * Tile::BLOCK_N;
+  const int n_tile = problem.tiles_m == 1 ? tile : tile / problem.tiles_m;  // (a division takes a while, and the first copy waits for it)
+  const int first_m = (tile - n_tile * problem.tiles_m) * BLOCK_M, tile_n = n_tile * Tile::BLOCK_N;
   const int pairs = min(Tile::PAIRS, (static_cast<int>(problem.output.epilogue.output.m) - first_m + 15) / 16);
 
-  const int warpgroup = warpgroup_index();
-  // One lane of each warp, of whose barriers all lanes know the place (gemm_fixed.cuh).
-  const int warp = 4 * warpgroup + warp_index();
+  // All groups have as many steps: what lies beyond K is zeros.
+  Steps steps = problem.steps;
+  steps.k_tiles = (((steps.k_tiles + paired) >> paired) + K_GROUPS - 1) / K_GROUPS;
+  const int first_k_tile = rank * K_GROUPS * steps.k_tiles;
+
+  const int warpgroup = warpgroup_index(), warp = warp_index();
   if (threadIdx.x % 32 == 0) {
-    ring.init_barriers(warp, Tile::THREADS / 32);
-    if (warp == 0) {
-      barrier_init(all_sent, 1);
-      prefetch_tensor_map(&a_map);
+    if (warpgroup < Tile::MULTIPLIERS) {
+      // One lane of each warp, of whose barriers all lanes know the place (gemm_fixed.cuh).
+      ring.init_barriers(4 * warpgroup + warp, 4 * Tile::MULTIPLIERS);
+      if (4 * warpgroup + warp == 0) barrier_init(all_sent, 1);
+      barrier_init_fence();
+    } else {
       prefetch_tensor_map(&w_map);
+      prefetch_tensor_map(&a_map);
+      // To the second cache, while barriers are made and the kernel before this one ends: of a, which all blocks read, a step of the
+      // columns by each tile, and the first boxes of w. (One step of w: as fast; four: up to 5 % slower. Not before the barriers but
+      // behind: 1 to 5 % slower where blocks fill the GPU.)
+      if (BLOCK_M >= 64 && n_tile < K_GROUPS * steps.k_tiles) {
+        tensor_prefetch(&a_map, (first_k_tile + n_tile) * kStepRowBytes, first_m, 0);
+      }
+      if (first_m == 0) {
+#pragma unroll 1
+        for (int i = 0; i < min(Tile::PREFETCHED_STEPS, steps.k_tiles); ++i) {
+          for (int k_group = 0; k_group < K_GROUPS; ++k_group) {
+            const int byte = (first_k_tile + k_group * steps.k_tiles + i) * Tile::Fragments::kRowBytes;
+            tensor_prefetch_5d(&w_map, weight_at(byte, tile_n, StepCursor(steps).w_plane, adjacent).at);
+          }
+        }
+      }
     }
-    barrier_init_fence();
   }
   __syncthreads();
   if (paired) {
@@ -82,21 +106,8 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
     if (threadIdx.x == 0) barrier_expect(all_sent, (pairs + 1 - rank) / 2 * Tile::MULTIPLIERS * Tile::PART_BYTES);
   }
 
-  // All groups have as many steps: what lies beyond K is zeros.
-  Steps steps = problem.steps;
-  steps.k_tiles = (((steps.k_tiles + paired) >> paired) + K_GROUPS - 1) / K_GROUPS;
-  const int first_k_tile = rank * K_GROUPS * steps.k_tiles;
-
   if (warpgroup == Tile::MULTIPLIERS) {
     if (threadIdx.x % 32 == 0) {  // and no more code follows, or the compiler would not let one thread use uniform registers
-      if (problem.prefetches && first_m == 0) {
-        for (int i = 0; i < min(Tile::PREFETCHED_STEPS, steps.k_tiles); ++i) {
-          for (int k_group = 0; k_group < K_GROUPS; ++k_group) {
-            tensor_prefetch(&w_map, (first_k_tile + k_group * steps.k_tiles + i) * Tile::Fragments::kRowBytes, tile_n,
-                            StepCursor(steps).w_plane);
-          }
-        }
-      }
       wait_for_prerequisites();
       StepCursor step(steps);
       for (int i = 0; i < steps.count(); ++i) {
@@ -114,8 +125,8 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
     RowFactors* const factors = row_factors + n_group * BLOCK_M;
 
     // The factors are loaded before the main loop and looked at after it: until then memory has time.
-    const RowLoads<BLOCK_M> row_loads(problem.output, first_m);
-    const ColumnLoads column_loads(problem.output, first_n);
+    const RowLoads<BLOCK_M> row_loads(problem.output, k_group == 0 ? first_m : INT_MAX - BLOCK_M);  // of no rows that there are
+    const ColumnLoads column_loads(problem.output, first_n, adjacent);
 
     int32_t accumulators[BLOCK_M / 2];
     ring.stage = k_group;
@@ -129,7 +140,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
 #pragma unroll
       for (int j = 0; j < BLOCK_M / 8; ++j) {
         const int32_t four[4] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
-        if (j < 2 * pairs) store_group(problem.output, four, factors + j * 8, columns, first_m + j * 8, first_n);
+        if (j < 2 * pairs) store_group(problem.output, four, factors + j * 8, columns, first_m + j * 8, first_n, adjacent);
       }
     } else {
       // Of each pair the warpgroup gives the other's group away and adds up its own: first in the block, then with the other block's.
@@ -174,7 +185,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
         const int4 own = *place_of(i, k_group), other = paired ? *sent_place_of(i) : make_int4(0, 0, 0, 0);
         const int32_t sums[4] = {own.x + other.x, own.y + other.y, own.z + other.z, own.w + other.w};
         const int j = 2 * i + k_group;
-        store_group(problem.output, sums, factors + j * 8, columns, first_m + j * 8, first_n);
+        store_group(problem.output, sums, factors + j * 8, columns, first_m + j * 8, first_n, adjacent);
       }
     }
   }

@@ -34,8 +34,8 @@
 #include "common/epilogue.cuh"
 #include "common/grid.cuh"
 #include "common/hopper.cuh"
+#include "common/matrix_map.h"
 #include "common/shares.cuh"
-#include "common/tensor_map.h"
 #include "common/wgmma.cuh"
 #include "common/wgmma_epilogue.cuh"
 #include "quest/plan.h"
@@ -253,8 +253,11 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     box.unit += k_groups;
     if (box.unit >= units) box.unit = lane & (k_groups - 1), box.tile += tile_stride;
   };
-  auto column_of = [&](const Box& box) { return ((first_unit + box.unit) * kPieces + box.piece) * W::kStageRowBytes; };
-  auto row_of = [&](const Box& box) { return first_n + box.tile * kWarpgroupColumns; };
+  const bool adjacent = y.adjacent();
+  auto at = [&](const Box& box) {
+    const int byte = ((first_unit + box.unit) * kPieces + box.piece) * W::kStageRowBytes;
+    return weight_at(byte, first_n + box.tile * kWarpgroupColumns, 0, adjacent);
+  };
 
   // One lane of each warp, of whose barriers all lanes know the place: for places that differ the compiler makes a loop over the lanes.
   if (warpgroup < kFixedGroups) {
@@ -277,7 +280,13 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     if (lane == 0) prefetch_tensor_map(&w_map);
     // Whatever the kernel before this one still writes, goes through the second cache.
     Box box = first_box();
-    for (int i = 0; i < Kernel::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch(&w_map, column_of(box), row_of(box), 0);
+    for (int i = 0; i < Kernel::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch_5d(&w_map, at(box).at);
+    // And this block's columns of x, of which each range of a cluster's has a row to ask for: numbers are made of it before anything else.
+    const int first_column = first_unit * W::kUnitColumns, columns = min(units * W::kUnitColumns, problem.k - first_column);
+    for (int row = range; row < rows; row += static_cast<int>(gridDim.y)) {
+      const uint8_t* const source = problem.x + 2 * (static_cast<int64_t>(first_row + row) * problem.k + first_column);
+      for (int byte = lane * 128; byte < 2 * columns; byte += 32 * 128) line_prefetch(source + byte);
+    }
   }
   __syncthreads();
   if (blocks > 1) cluster_arrive_relaxed();
@@ -292,7 +301,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     uint64_t* const group_full = full + (lane - kFixedGroups) * 2 * kFixedMostSlots;
     auto copy = [&] {
       barrier_expect(&group_full[slot], kStageBytes);
-      tensor_load<false>(group_ring + slot * kStageBytes, &w_map, &group_full[slot], column_of(box), row_of(box), 0, 0);
+      tensor_load_5d(group_ring + slot * kStageBytes, &w_map, &group_full[slot], at(box).at);
       if (++slot == problem.slots) slot = 0, parity ^= 1;
       step(box);
     };
@@ -490,14 +499,11 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
         sums[0] += __int_as_float(words.x), sums[1] += __int_as_float(words.y);
         sums[2] += __int_as_float(words.z), sums[3] += __int_as_float(words.w);
       }
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int m = 8 * j + 2 * t + c % 2, column = last.index * kWarpgroupColumns + warp * 16 + group + c / 2 * 8;
-        const float bias = y.bias != nullptr ? biases[column] : 0.0f;
-        if (m < rows && first_n + column < y.n) {
-          store_value(y, first_row + m, first_n + column, scaled(sums[c], 1.0f, scales[column], bias));
-        }
-      }
+      const int first = last.index * kWarpgroupColumns + warp * 16;
+      store_four(y, first_row + 8 * j, first_row + rows, first_n + first, adjacent, [&](int c) {
+        const int column = first + lane_column(adjacent, c / 2);
+        return scaled(sums[c], 1.0f, scales[column], y.bias != nullptr ? biases[column] : 0.0f);
+      });
     }
   };
 
@@ -623,10 +629,9 @@ void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const 
   problem.units = shares_of(up(k, W::kUnitColumns), plan.cluster);
   problem.tiles = shares_of(up(n, kFixedTileN), plan.ranges);
   const int64_t w_row_bytes = row_bytes(w.layout, k);
+  constexpr CUtensorMapSwizzle kSwizzle = W::kByBits ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUtensorMap w_map =
-      tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.data,
-                 {{w_row_bytes, 1, W::kStageRowBytes}, {n, w_row_bytes, kFixedTileN}, {W::kPlanes, n * w_row_bytes, W::kPlanes}},
-                 W::kByBits ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE);
+      weight_map(op, w.data, n, W::kPlanes, w_row_bytes, {W::kStageRowBytes, kFixedTileN, kSwizzle, W::kPlanes}, problem.output.adjacent());
   // Neighbouring clusters have the same rows of w.
   const dim3 grid(static_cast<unsigned>(up(m, ROWS) * plan.cluster), static_cast<unsigned>(plan.ranges));
   launch_with({plan.cluster, true}, op, gemm_fixed_kernel<Mma, W, ROWS>, grid, dim3(kFixedThreads), static_cast<size_t>(plan.shared_bytes),

@@ -5,10 +5,13 @@
 // and reads 64 rows of a for each tile. Its two multiplying warpgroups take turns: while one multiplies, alone, the other writes the y it
 // has made. Both operands come straight from shared memory.
 //
-// y goes straight from registers to memory: shared memory has no time for it (the tensor cores read 80 of its 128 bytes a cycle). The
-// instruction gives lane (g, t) = (lane / 4, lane % 4) the columns 8j + 2t and 8j + 2t + 1 of its row, which are no 16 bytes. So the copy
-// engine lays the rows of w down in another order: row 8 (4q + i) + 2t + e of the tile is row 32q + 8t + 2i + e of w, and the lane has the
-// 8 columns from 32q + 8t on, for every q.
+// Shared memory is what is short. Of its 128 bytes a cycle the tensor cores read 80, and the copy engine writes 16. At their speed the
+// epilogue needs 16 for y, 48 by way of shared memory, and 16 each for the scales and the parts of the columns. So y goes straight from
+// registers to memory, and the parts, as 16 bits, stay in registers.
+//
+// The instruction gives lane (g, t) = (lane / 4, lane % 4) the columns 8j + 2t and 8j + 2t + 1 of its row, which are no 16 bytes. So the
+// copy engine lays the rows of w down in another order: row 8 (4q + i) + 2t + e of the tile is row 32q + 8t + 2i + e of w, and the lane has
+// the 8 columns from 32q + 8t on, for every q.
 //
 // Tiles are numbered down the rows, then along the columns; a block takes a contiguous range of them and loads the next rows of w when the
 // range crosses a boundary. A chunk is 128 bytes (1024 bits) of each row of w, a stage of the ring as much of 64 rows of a.
@@ -44,32 +47,45 @@ struct StationaryTile {
   static constexpr int CHUNK_BYTES = BLOCK_N * ROW_BYTES, STAGE_BYTES = BLOCK_M * ROW_BYTES;
   static constexpr int SPAN = kStationarySpan;  // columns of y that the order of rows of w works in
   static constexpr int MOST_CHUNKS = kStationaryMostChunks, MOST_STAGES = kStationaryMostStages;
+  static constexpr int PREFETCHED_CHUNKS = 2;
   static constexpr int COPIER_REGISTERS = 40, MULTIPLIER_REGISTERS = 232;
 
-  struct Columns {           // of a warpgroup, for its columns of y, in the order of the tile
-    uint2 factors[BLOCK_N];  // scale, part
-    float bias[BLOCK_N];
+  struct Columns {  // of a warpgroup
+    float scale[BLOCK_N], bias[BLOCK_N];
+    int16_t part[BLOCK_N];
   };
   static constexpr int OTHER_BYTES = static_cast<int>(stationary_other_bytes(BLOCK_N));
+  static_assert(COPIER_REGISTERS + kMultipliers * MULTIPLIER_REGISTERS <= (1 + kMultipliers) * registers_at_start(THREADS),
+                "or they wait for ever");
   static_assert(OTHER_BYTES == kMultipliers * static_cast<int>(sizeof(Columns)) + 2 * (MOST_CHUNKS + MOST_STAGES) * 8, "as planned");
-
-  // The column of row `r` of the tile.
-  static __device__ __forceinline__ int column(int r) { return r / SPAN * SPAN + r / 2 % 4 * 8 + r / 8 % 4 * 2 + r % 2; }
 };
 
-// What a thread needs of its 8 columns of a span.
-template <typename Tile, bool BIAS>
+// A thread's 8 columns of every span. Their parts it keeps as long as its block keeps the rows of w, two a register.
+template <typename Tile>
 struct ThreadColumns {
-  static constexpr int PAIRS = 4;
-  uint4 factors[PAIRS];  // scale, part; scale, part
-  float2 bias[PAIRS];
+  static constexpr int SPANS = Tile::BLOCK_N / Tile::SPAN, COUNT = 8;
+  int4 parts[SPANS];
 
-  __device__ __forceinline__ void load(const typename Tile::Columns& columns, int span) {
+  // The first of them.
+  static __device__ __forceinline__ int column(int span) { return span * Tile::SPAN + static_cast<int>(threadIdx.x) % 4 * COUNT; }
+
+  __device__ __forceinline__ void load_parts(const typename Tile::Columns& columns) {
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-      const int r = span * Tile::SPAN + i * 8 + threadIdx.x % 4 * 2;
-      factors[i] = *reinterpret_cast<const uint4*>(&columns.factors[r]);
-      bias[i] = BIAS ? *reinterpret_cast<const float2*>(&columns.bias[r]) : make_float2(0.0f, 0.0f);
+    for (int span = 0; span < SPANS; ++span) parts[span] = *reinterpret_cast<const int4*>(columns.part + column(span));
+  }
+  __device__ __forceinline__ int32_t part(int span, int i) const {
+    const int4& four = parts[span];
+    const int32_t two = i < 2 ? four.x : i < 4 ? four.y : i < 6 ? four.z : four.w;
+    return i % 2 == 0 ? static_cast<int16_t>(two) : two >> 16;
+  }
+
+  // Of the tile's columns those of a span.
+  static __device__ __forceinline__ void load(float (&values)[COUNT], const float* of_columns, int span) {
+    const auto* const source = reinterpret_cast<const float4*>(of_columns + column(span));
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) {
+      const float4 four = source[i / 4];
+      values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
     }
   }
 };
@@ -77,32 +93,26 @@ struct ThreadColumns {
 // A warp's 16 rows of a tile of y. rows: of the thread's two, first_row and 8 further.
 template <typename Tile, bool BIAS, DType DTYPE>
 __device__ __forceinline__ void store_rows(const int32_t (&accumulators)[Tile::BLOCK_N / 2], uint32_t mul, const RowFactors (&rows)[2],
-                                           const typename Tile::Columns& columns, const Output& y, int first_row, int first_n) {
-  constexpr int kSpans = Tile::BLOCK_N / Tile::SPAN, kBytes = DTYPE == DType::kFloat32 ? 4 : 2;
-  using Loaded = ThreadColumns<Tile, BIAS>;
-  const int n = first_n + threadIdx.x % 4 * 8;
-  uint8_t* const out = static_cast<uint8_t*>(y.y) + (static_cast<int64_t>(first_row) * y.n + n) * kBytes;
+                                           const ThreadColumns<Tile>& own, const typename Tile::Columns& columns, const Output& y,
+                                           int first_row, int first_n) {
+  using Own = ThreadColumns<Tile>;
+  constexpr int kBytes = DTYPE == DType::kFloat32 ? 4 : 2;
+  uint8_t* const out = static_cast<uint8_t*>(y.y) + (static_cast<int64_t>(first_row) * y.n + first_n + Own::column(0)) * kBytes;
   const int64_t next_row = 8 * y.n * kBytes;
-  Loaded loaded[2];
-  loaded[0].load(columns, 0);
 #pragma unroll
-  for (int span = 0; span < kSpans; ++span) {
-    if (span + 1 < kSpans) loaded[(span + 1) % 2].load(columns, span + 1);  // used after this span's arithmetic
-    const Loaded& column = loaded[span % 2];
+  for (int span = 0; span < Own::SPANS; ++span) {
+    float scale[Own::COUNT], bias[Own::COUNT] = {};
+    Own::load(scale, columns.scale, span);
+    if constexpr (BIAS) Own::load(bias, columns.bias, span);
     const bool exists = first_n + span * Tile::SPAN < y.n;  // whole spans do, or not
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float values[2 * Loaded::PAIRS];
+      float values[Own::COUNT];
 #pragma unroll
-      for (int j = 0; j < Loaded::PAIRS; ++j) {
-        auto value = [&](int32_t accumulator, uint32_t part, uint32_t scale, float bias) {
-          const uint32_t sum = mul * static_cast<uint32_t>(accumulator) + rows[i].part + part;
-          return scaled(static_cast<float>(static_cast<int32_t>(sum)), rows[i].scale, __uint_as_float(scale), bias);
-        };
-        const int index = (span * Loaded::PAIRS + j) * 4 + 2 * i;
-        const uint4 pair = column.factors[j];
-        values[2 * j] = value(accumulators[index], pair.y, pair.x, column.bias[j].x);
-        values[2 * j + 1] = value(accumulators[index + 1], pair.w, pair.z, column.bias[j].y);
+      for (int c = 0; c < Own::COUNT; ++c) {
+        const int32_t accumulator = accumulators[span * 2 * Own::COUNT + c / 2 * 4 + 2 * i + c % 2];
+        const uint32_t sum = mul * static_cast<uint32_t>(accumulator) + rows[i].part + static_cast<uint32_t>(own.part(span, c));
+        values[c] = scaled(static_cast<float>(static_cast<int32_t>(sum)), rows[i].scale, scale[c], bias[c]);
       }
       RawChunk<DTYPE> chunk;
       chunk.from_floats(values);
@@ -126,32 +136,44 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
   uint64_t* const full = w_empty + Tile::MOST_CHUNKS;
   uint64_t* const empty = full + Tile::MOST_STAGES;
 
-  if (threadIdx.x == 0) {
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+  const int64_t first_tile = problem.tiles * blockIdx.x / gridDim.x, last_tile = problem.tiles * (blockIdx.x + 1) / gridDim.x;
+  int tiles_left = static_cast<int>(last_tile - first_tile);
+  int n_tile = static_cast<int>(first_tile / problem.tiles_m), m_tile = static_cast<int>(first_tile - int64_t{n_tile} * problem.tiles_m);
+  auto w_at = [&](int chunk) { return WeightAt{{chunk * Tile::ROW_BYTES, 0, 0, 0, n_tile * (Tile::BLOCK_N / Tile::SPAN)}}; };
+
+  // One lane of each warp, of whose barriers all lanes know the place (gemm_fixed.cuh).
+  const int warpgroup = warpgroup_index(), first = 4 * warpgroup + warp_index();
+  if (threadIdx.x % 32 == 0) {
+    constexpr int kWarps = Tile::THREADS / 32;
+    if (first == 1) {
+      prefetch_tensor_map(&w_map);
+      prefetch_tensor_map(&a_map);
+      // The first rows of w to the second cache, while barriers are made and the kernel before this one ends.
+#pragma unroll 1
+      for (int chunk = 0; chunk < min(Tile::PREFETCHED_CHUNKS, chunks); ++chunk) tensor_prefetch_5d(&w_map, w_at(chunk).at);
+    }
+#pragma unroll 1
+    for (int chunk = first; chunk < chunks; chunk += kWarps) {
       barrier_init(&w_full[chunk], 1);
       barrier_init(&w_empty[chunk], kMultipliers * Tile::WARPS);
     }
-    for (int stage = 0; stage < stages; ++stage) {
+#pragma unroll 1
+    for (int stage = first; stage < stages; stage += kWarps) {
       barrier_init(&full[stage], 1);
       barrier_init(&empty[stage], Tile::WARPS);  // of the warpgroup whose tile it belongs to
     }
     barrier_init_fence();
-    prefetch_tensor_map(&a_map);
-    prefetch_tensor_map(&w_map);
   }
   __syncthreads();
   wait_for_prerequisites();
 
-  const int64_t first_tile = problem.tiles * blockIdx.x / gridDim.x, last_tile = problem.tiles * (blockIdx.x + 1) / gridDim.x;
-  int tiles_left = static_cast<int>(last_tile - first_tile);
-  int n_tile = static_cast<int>(first_tile / problem.tiles_m), m_tile = static_cast<int>(first_tile - int64_t{n_tile} * problem.tiles_m);
   int stage = 0;
   uint32_t parity = 0;
   auto next_stage = [&] {
     if (++stage == stages) stage = 0, parity ^= 1;
   };
 
-  if (threadIdx.x < kWarpgroup) {
+  if (warpgroup == 0) {
     registers_shrink<Tile::COPIER_REGISTERS>();
     if (threadIdx.x == 0) {
       bool fresh = true;  // the rows of w are not there
@@ -161,8 +183,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
           if (fresh) {
             barrier_wait(&w_empty[chunk], w_parity ^ 1);
             barrier_expect(&w_full[chunk], Tile::CHUNK_BYTES);
-            tensor_load_5d(w_tile(chunk), &w_map, &w_full[chunk],
-                           {chunk * Tile::ROW_BYTES, 0, 0, 0, n_tile * (Tile::BLOCK_N / Tile::SPAN)});
+            tensor_load_5d(w_tile(chunk), &w_map, &w_full[chunk], w_at(chunk).at);
           }
           barrier_wait(&empty[stage], parity ^ 1);
           barrier_expect(&full[stage], Tile::STAGE_BYTES);
@@ -176,7 +197,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
     __syncwarp();
   } else {
     registers_grow<Tile::MULTIPLIER_REGISTERS>();
-    const int group = warpgroup_index() - 1;
+    const int group = warpgroup - 1;
     const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32;
     const IntegerEpilogue& epilogue = problem.epilogue;
     const Output& y = epilogue.output;
@@ -205,6 +226,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
     };
 
     int32_t accumulators[Tile::BLOCK_N / 2];
+    ThreadColumns<Tile> own;
     bool first = true;
     if (group != 0) advance(1), skip_tile(), first = false;
     const uint64_t a_descriptors = swizzled_tile(a_tile(0)), w_descriptors = swizzled_tile(w_tile(0));
@@ -219,15 +241,27 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
         row_sum[i] = row < y.m ? epilogue.a.load(row) : 0;
       }
       if (fresh) {
-        named_barrier(group_barrier(group), kWarpgroup);  // all have written what the old factors were for
-        for (int r = thread; r < Tile::BLOCK_N; r += kWarpgroup) {
-          const int n = first_n + Tile::column(r);
+        // (All loads before the first use or store, behind which they would wait for each other.)
+        constexpr int kColumns = Tile::BLOCK_N / kWarpgroup;
+        float scale[kColumns], bias[kColumns];
+        int32_t sum[kColumns];
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          const int n = first_n + i * kWarpgroup + thread;
           const bool exists = n < y.n;
-          columns.factors[r] = {exists ? __float_as_uint(epilogue.column_scale(n)) : 0u,
-                                exists ? epilogue.w.of_codes(epilogue.w.load(n)) : 0u};
-          columns.bias[r] = exists && y.bias != nullptr ? y.bias[n] : 0.0f;
+          scale[i] = exists ? epilogue.column_scale(n) : 0.0f;
+          sum[i] = exists ? epilogue.w.load(n) : 0;
+          bias[i] = exists && y.bias != nullptr ? y.bias[n] : 0.0f;
+        }
+        named_barrier(group_barrier(group), kWarpgroup);  // all have written what the old factors were for
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          const int c = i * kWarpgroup + thread;
+          columns.scale[c] = scale[i], columns.bias[c] = bias[i];
+          columns.part[c] = static_cast<int16_t>(epilogue.w.of_codes(sum[i]));
         }
         named_barrier(group_barrier(group), kWarpgroup);
+        own.load_parts(columns);
       }
 
       if (!first) named_barrier(turn_barrier(group), kMultipliers * kWarpgroup);  // the other has started its last products
@@ -261,7 +295,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
       if (tiles_left <= 0) launch_dependents();
 
       auto store = [&](auto bias, auto dtype) {
-        store_rows<Tile, bias.value, dtype.value>(accumulators, epilogue.mul, rows, columns, y, first_row, first_n);
+        store_rows<Tile, bias.value, dtype.value>(accumulators, epilogue.mul, rows, own, columns, y, first_row, first_n);
       };
       auto store_as = [&](auto dtype) { y.bias != nullptr ? store(std::true_type{}, dtype) : store(std::false_type{}, dtype); };
       switch (y.dtype) {
@@ -278,13 +312,23 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
 
 // ---- host
 
+// Whether 16 bits hold what a column adds: the identity is linear in its code sum, 0 to k.
+inline bool has_short_parts(const Correction& w, int64_t k) {
+  auto fits = [&](int64_t sum) {
+    const int64_t part =
+        int64_t{static_cast<int32_t>(w.weight)} * (int64_t{static_cast<int32_t>(w.mul)} * sum + static_cast<int32_t>(w.add));
+    return part == static_cast<int16_t>(part);
+  };
+  return fits(0) && fits(k);
+}
+
 // One plane each.
 template <typename Mma, typename Tile>
 void launch_stationary(const char* op, const Operand& a, const Operand& w, const IntegerEpilogue& epilogue, int64_t k, const Device& device,
                        cudaStream_t stream) {
   const int64_t m = epilogue.output.m, n = epilogue.output.n, row_bytes = plane_row_bytes(k);
   const int64_t chunks = stationary_chunks(k), stages = stationary_stages(Tile::BLOCK_N, k);
-  check(stages > 0 && n % Tile::SPAN == 0, op, ": a kernel that does not take n = ", n, ", k = ", k);
+  check(stages > 0 && n % Tile::SPAN == 0 && has_short_parts(epilogue.w, k), op, ": a kernel that does not take n = ", n, ", k = ", k);
   constexpr int64_t kMost = INT32_MAX - 256;  // room for the rows and columns of the last tile that y does not have
   check(m <= kMost && n <= kMost, op, ": expected m, n <= ", kMost, ", got ", m, ", ", n, "; split the rows");
   StationaryProblem problem{};

@@ -83,6 +83,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
   constexpr int kTilesAtOnce = kStreamGroups / kStreamKGroups;
   const IntegerEpilogue& epilogue = problem.epilogue;
   const Output& y = epilogue.output;
+  const bool adjacent = y.adjacent();
   const int warpgroup = warpgroup_index(), warp = warp_index(), lane = threadIdx.x % 32;
 
   const int rank = static_cast<int>(blockIdx.x) % kStreamBlocks, range = static_cast<int>(blockIdx.x) / kStreamBlocks;
@@ -133,7 +134,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
     prefetch_tensor_map(&w_map);
     // While the kernel before this one ends. (More boxes, or none: 1 to 10 % slower.)
     for (int unit = 0; unit < min(kStreamKGroups, units); ++unit) {
-      tensor_prefetch(&w_map, (first_unit + unit) * kStreamRowBytes, first_n, 0);
+      tensor_prefetch_5d(&w_map, weight_at((first_unit + unit) * kStreamRowBytes, first_n, 0, adjacent).at);
     }
   }
   __syncthreads();
@@ -149,8 +150,8 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
       while (tile < tiles && unit < units) {
         if (barrier_test(&group_full[kStreamMostSlots + slot], parity)) {
           barrier_expect(&group_full[slot], kStreamSlotBytes);
-          tensor_load<false>(group_ring + slot * kStreamSlotBytes, &w_map, &group_full[slot], (first_unit + unit) * kStreamRowBytes,
-                             first_n + tile * kStreamTileN, 0, 0);
+          const int byte = (first_unit + unit) * kStreamRowBytes, row = first_n + tile * kStreamTileN;
+          tensor_load_5d(group_ring + slot * kStreamSlotBytes, &w_map, &group_full[slot], weight_at(byte, row, 0, adjacent).at);
           if (++slot == problem.slots) slot = 0, parity ^= 1;
           unit += kStreamKGroups;
           if (unit >= units) unit = lane % kStreamKGroups, tile += kTilesAtOnce;
@@ -269,8 +270,8 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
           sums[0] += words.x, sums[1] += words.y, sums[2] += words.z, sums[3] += words.w;
         }
         const int first = before * kStreamTileN + warp * 16;
-        store_four(y, 8 * j, first_n + first, [&](int c) {
-          const int m = 8 * j + lane % 4 * 2 + c % 2, column = first + lane / 4 + c / 2 * 8;
+        store_four(y, 8 * j, rows, first_n + first, adjacent, [&](int c) {
+          const int m = 8 * j + lane % 4 * 2 + c % 2, column = first + lane_column(adjacent, c / 2);
           const float product = epilogue.product(static_cast<int32_t>(sums[c]), row_parts[m], column_parts[column]);
           return scaled(product, row_scales[m], column_scales[column], y.bias != nullptr ? biases[column] : 0.0f);
         });
@@ -298,8 +299,8 @@ void launch_stream(const char* op, const Operand& a, const Operand& w, const Int
   problem.tiles = shares_of((n + kStreamTileN - 1) / kStreamTileN, plan.ranges);
   problem.units = shares_of((k + kStreamColumns - 1) / kStreamColumns, kStreamBlocks);
   problem.epilogue = epilogue;
-  const CUtensorMap w_map = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.data, w_row_bytes, n, 1, w_row_bytes,
-                                       {kStreamRowBytes, kStreamTileN, CU_TENSOR_MAP_SWIZZLE_128B});
+  const CUtensorMap w_map =
+      weight_map(op, w.data, n, 1, w_row_bytes, {kStreamRowBytes, kStreamTileN, CU_TENSOR_MAP_SWIZZLE_128B}, epilogue.output.adjacent());
   launch_with({kStreamBlocks, true}, op, gemm_stream_kernel<ROWS>, dim3(static_cast<unsigned>(plan.ranges * kStreamBlocks)),
               dim3(kStreamThreads), static_cast<size_t>(plan.shared_bytes), stream, w_map, problem);
 }

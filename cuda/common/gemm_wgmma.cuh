@@ -37,10 +37,12 @@ struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
   using Warpgroups<MULTIPLIERS_>::MULTIPLIERS, Warpgroups<MULTIPLIERS_>::BLOCK_N;
   using Mma = Mma_;
   using Fragments = Fragments_;
+  static constexpr bool ORDERS_ROWS = false;
   static constexpr int BLOCK_M = BLOCK_M_, CLUSTER = BLOCK_M == 256 ? 2 : 1;
   static constexpr int THREADS = (1 + MULTIPLIERS) * kWarpgroup;  // the first warpgroup copies
   using Piece = OutputPiece<64>;                                  // of y, that a warpgroup hands over at once, through buffers of its own
   static constexpr int BUFFERS = 2;
+  static constexpr int PREFETCHED_STEPS = 4;
   static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int STORES_BYTES = MULTIPLIERS * BUFFERS * Piece::BYTES;
@@ -52,7 +54,8 @@ struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
   static_assert(STAGES >= 3 && 2 * (STAGES + MULTIPLIERS * BUFFERS) * 8 <= 256, "a ring of stages");
   // Registers a thread of the copying and the multiplying warpgroups; together at most what they start with, a multiple of 8 each.
   static constexpr int COPIER_REGISTERS = MULTIPLIERS == 2 ? 40 : 56, MULTIPLIER_REGISTERS = MULTIPLIERS == 2 ? 232 : 152;
-  static_assert(COPIER_REGISTERS + MULTIPLIERS * MULTIPLIER_REGISTERS <= 65536 / kWarpgroup, "or they wait for ever");
+  static_assert(COPIER_REGISTERS + MULTIPLIERS * MULTIPLIER_REGISTERS <= (1 + MULTIPLIERS) * registers_at_start(THREADS),
+                "or they wait for ever");
 };
 
 struct TileCursor {
@@ -80,7 +83,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
   auto buffers = [&](int group) { return shared + STAGES * Tile::STAGE_BYTES + group * BUFFERS * Piece::BYTES; };
   RowFactors* const row_factors = reinterpret_cast<RowFactors*>(buffers(Tile::MULTIPLIERS));
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
-  StageRing<Tile> ring{shared, barriers, barriers + STAGES, problem.copied_bytes};
+  StageRing<Tile> ring{shared, barriers, barriers + STAGES, problem.copied_bytes, false};
   auto written = [&](int group) { return barriers + 2 * STAGES + group * 2 * BUFFERS; };  // of each buffer: there is a piece
   auto free = [&](int group) { return written(group) + BUFFERS; };                        // it has been read
 
@@ -100,6 +103,16 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
       prefetch_tensor_map(&a_map);
       prefetch_tensor_map(&w_map);
       if (problem.output.tensor_store) prefetch_tensor_map(&y_map);
+    } else if (first == 1) {
+      // The first boxes of w to the second cache, while barriers are made and the kernel before this one ends.
+      const TileCursor at(problem, static_cast<int>(blockIdx.x) / CLUSTER);
+      if (at.m == 0) {
+#pragma unroll 1
+        for (int i = 0; i < min(Tile::PREFETCHED_STEPS, problem.steps.k_tiles); ++i) {
+          tensor_prefetch(&w_map, i * Tile::Fragments::kRowBytes, (at.n_cluster * CLUSTER + rank) * Tile::BLOCK_N,
+                          StepCursor(problem.steps).w_plane);
+        }
+      }
     }
     barrier_init_fence();
   }
@@ -160,7 +173,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
 
       // The factors are loaded before the main loop and looked at after it: until then memory has time.
       const RowLoads<BLOCK_M> row_loads(problem.output, first_m);
-      const ColumnLoads column_loads(problem.output, first_n);
+      const ColumnLoads column_loads(problem.output, first_n, false);
 
       multiplier.multiply(accumulators, ring, problem, steps, 0);
       if (tile + tile_stride >= tiles) launch_dependents();
@@ -184,7 +197,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
 #pragma unroll
         for (int j = 0; j < BLOCK_M / 8; ++j) {
           const int32_t four[4] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
-          store_group(problem.output, four, factors + 8 * j, columns, first_m + 8 * j, first_n);
+          store_group(problem.output, four, factors + 8 * j, columns, first_m + 8 * j, first_n, false);
         }
       }
     }

@@ -134,7 +134,12 @@ __device__ __forceinline__ void tensor_load(void* target, const CUtensorMap* map
   }
 }
 
-// The same of a tensor of five dimensions, to this block.
+// Both of a tensor of five dimensions, to this block.
+__device__ __forceinline__ void tensor_prefetch_5d(const CUtensorMap* map, const int (&at)[5]) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]),
+               "r"(at[3]), "r"(at[4])
+               : "memory");
+}
 __device__ __forceinline__ void tensor_load_5d(void* target, const CUtensorMap* map, uint64_t* barrier, const int (&at)[5]) {
   asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
                    shared_address(target)),

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/hopper.cuh"
+#include "common/matrix_map.h"
 #include "common/steps.cuh"
 #include "common/wgmma_epilogue.cuh"
 
@@ -27,7 +28,6 @@ struct WgmmaProblem {
   int32_t tiles_m, clusters_n;  // of the tile's rows of y, of the cluster's columns
   uint32_t copied_bytes;        // to a stage of a block
   int32_t paired;               // FewTile: 1 if two thread blocks share a tile along K, else 0
-  bool prefetches;              // FewTile: the first boxes of w to the second cache, while the kernel before this one ends
   // And the others.
   uint32_t flip;                  // ByteFragments
   uint4 table;                    // TableFragments
@@ -172,6 +172,7 @@ struct StageRing {
   uint8_t* shared;
   uint64_t *full, *empty;
   uint32_t copied_bytes;  // to a stage
+  bool evens_first;       // of the rows of w, if Tile::ORDERS_ROWS (weight_map)
   int stage = 0;
   uint32_t parity = 0;
 
@@ -198,10 +199,16 @@ struct StageRing {
     barrier_wait(&empty[stage], parity ^ 1);
     barrier_expect(&full[stage], copied_bytes);
     uint8_t* const w_tile = a_tile() + Tile::A_BYTES;
-    tensor_load<false>(w_tile, &w_map, &full[stage], k_tile * Fragments::kRowBytes, first_n, step.w_plane, 0);
+    auto load_rows = [&](uint8_t* target, const CUtensorMap& map, int byte, int plane) {
+      if constexpr (Tile::ORDERS_ROWS) {
+        tensor_load_5d(target, &map, &full[stage], weight_at(byte, first_n, plane, evens_first).at);
+      } else {
+        tensor_load<false>(target, &map, &full[stage], byte, first_n, plane, 0);
+      }
+    };
+    load_rows(w_tile, w_map, k_tile * Fragments::kRowBytes, step.w_plane);
     if constexpr (Fragments::kIndexBytes > 0) {
-      tensor_load<false>(w_tile + Tile::BLOCK_N * Fragments::kRowBytes, &index_map, &full[stage], k_tile / 2 * Fragments::kIndexBytes,
-                         first_n, 0, 0);
+      load_rows(w_tile + Tile::BLOCK_N * Fragments::kRowBytes, index_map, k_tile / 2 * Fragments::kIndexBytes, 0);
     }
     tensor_load<(Tile::CLUSTER > 1)>(a_tile() + rank * kShare * kStepRowBytes, &a_map, &full[stage], k_tile * kStepRowBytes,
                                      first_m + rank * kShare, step.a_plane, (1 << Tile::CLUSTER) - 1);

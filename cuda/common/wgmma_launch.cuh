@@ -45,12 +45,14 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
   WgmmaMaps maps{};
   maps.a = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
                       {kStepRowBytes, a_rows, CU_TENSOR_MAP_SWIZZLE_128B});
-  maps.w = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.data, w_row_bytes, n, problem.steps.w_planes, w_row_bytes,
-                      {kRowBytes, Tile::BLOCK_N, w_swizzle});
+  auto rows_map = [&](const void* data, int64_t planes, int64_t row_bytes, Box box) {
+    return Tile::ORDERS_ROWS ? weight_map(op, data, n, planes, row_bytes, box, output.adjacent())
+                             : matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data, row_bytes, n, planes, row_bytes, box);
+  };
+  maps.w = rows_map(w.data, problem.steps.w_planes, w_row_bytes, {kRowBytes, Tile::BLOCK_N, w_swizzle});
   maps.index = maps.w;  // of no use to a dense weight
   if constexpr (Fragments::kIndexBytes > 0) {
-    maps.index = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.index, index_row_bytes(k), n, 1, index_row_bytes(k),
-                            {Fragments::kIndexBytes, Tile::BLOCK_N, CU_TENSOR_MAP_SWIZZLE_NONE});
+    maps.index = rows_map(w.index, 1, index_row_bytes(k), {Fragments::kIndexBytes, Tile::BLOCK_N, CU_TENSOR_MAP_SWIZZLE_NONE});
   }
   return maps;
 }
@@ -75,8 +77,6 @@ void launch_few_tile(const char* op, const Operand& a, const Operand& w, WgmmaPr
   check(!paired || Tile::SENT_BYTES > 0, op, ": no kernel for pairs of blocks with tiles of ", Tile::BLOCK_N, " columns");
   problem.paired = paired ? 1 : 0;
   const int64_t blocks = int64_t{problem.tiles_m} * problem.clusters_n << problem.paired;
-  // (Blocks that fill the GPU wait for those before them, and find the memory busy: no faster, or slower.)
-  problem.prefetches = 2 * blocks <= device.sm_count;
   launch_with({1 << problem.paired, device.hopper_code}, op, gemm_few_kernel<Tile>, dim3(static_cast<unsigned>(blocks)),
               dim3(Tile::THREADS), Tile::SHARED_BYTES, stream, problem, maps.a, maps.w, maps.index);
 }

@@ -38,7 +38,7 @@ TEST(Emulated, StreamedWeight) {
     int multiprocessors;
     int64_t n, k;
   };
-  for (const auto& [multiprocessors, n, k] : {Case{2, 40, 200}, Case{2, 330, 1100}, Case{4, 190, 4640}, Case{3, 300, 512}}) {
+  for (const auto& [multiprocessors, n, k] : {Case{2, 40, 200}, Case{2, 336, 1100}, Case{4, 190, 4640}, Case{3, 304, 512}}) {
     emulated::multiprocessors = multiprocessors;
     const Matrix w4(random, kInt4Grid, Layout::kPacked, n, k), w3(random, kIntZero3Grid, Layout::kPacked, n, k);
     for (const int64_t m : {1, 9, 16, 17, 30}) {
@@ -125,7 +125,7 @@ TEST(Emulated, HeldRows) {
 }
 
 // Tiles of 64 and 16 rows, of 64 and 128 columns, whose warpgroups share K, and of 192: as many steps for each, and fewer for some; more
-// than the ring has stages; two thread blocks a tile.
+// than the ring has stages; two thread blocks a tile. Columns stored two by two (multiples of 16) and one by one.
 TEST(Emulated, SharedK) {
   Random random(3);
   struct Case {
@@ -134,8 +134,8 @@ TEST(Emulated, SharedK) {
     int block_n, cluster;
   };
   for (const auto& [multiprocessors, n, k, block_n, cluster] :
-       {Case{4, 130, 2048, 64, 1}, Case{1, 40, 5136, 64, 1}, Case{2, 250, 1040, 128, 1}, Case{1, 190, 272, 192, 1},
-        Case{4, 100, 1040, 64, 2}}) {
+       {Case{4, 130, 2048, 64, 1}, Case{1, 48, 5136, 64, 1}, Case{2, 240, 1040, 128, 1}, Case{1, 190, 272, 192, 1},
+        Case{4, 112, 1040, 64, 2}}) {
     emulated::multiprocessors = multiprocessors;
     const Matrix w8(random, kInt8Grid, Layout::kCodes, n, k), w4(random, kInt4Grid, Layout::kPacked, n, k);
     const Matrix w2(random, kInt2Grid, Layout::kPlanes, n, 8 * k);
@@ -184,7 +184,7 @@ TEST(Emulated, LargeTiles) {
 
 // Rows of w that stay in shared memory, and then the next; a ring of a with more stages than a row has chunks, and with fewer.
 TEST(Emulated, BitsThatStay) {
-  emulated::multiprocessors = 2;
+  emulated::multiprocessors = 4;
   Random random(5);
   for (const Shape& s : {Shape{130, 544, 2064}, Shape{200, 288, 10000}}) {
     const Matrix a(random, kInt1Grid, Layout::kPlanes, s.m, s.k), w(random, kInt1Grid, Layout::kPlanes, s.n, s.k);

@@ -53,9 +53,9 @@ bool is_stationary(const GemmTile& tile);
 // The second of them keeps block_n rows of w whole, in chunks of 128 bytes, beside a ring of stages of 64 rows of a.
 constexpr int32_t kStationaryM = 64, kStationarySpan = 32, kStationaryRowBytes = 128;
 constexpr int32_t kStationaryMostChunks = 16, kStationaryMostStages = 16;
-// Of shared memory: two warpgroups' factors of the columns, 12 bytes each, and two barriers a chunk and a stage.
+// Of shared memory: two warpgroups' factors of the columns, 10 bytes each, and two barriers a chunk and a stage.
 constexpr int64_t stationary_other_bytes(int32_t block_n) {
-  return int64_t{2} * 12 * block_n + 2 * (kStationaryMostChunks + kStationaryMostStages) * 8;
+  return int64_t{2} * 10 * block_n + 2 * (kStationaryMostChunks + kStationaryMostStages) * 8;
 }
 int64_t stationary_chunks(int64_t k);
 int64_t stationary_stages(int32_t block_n, int64_t k);  // what the shared memory of Hopper has room for, 0 without room for w

@@ -128,6 +128,7 @@ template <bool MULTICAST>
 void tensor_load(void* target, const CUtensorMap* map, uint64_t* barrier, int column, int row, int plane, uint16_t blocks) {
   load_box(MULTICAST ? blocks : static_cast<uint16_t>(1 << emulated::block->rank), target, map, barrier, {column, row, plane, 0, 0});
 }
+inline void tensor_prefetch_5d(const CUtensorMap*, const int (&)[5]) {}
 inline void tensor_load_5d(void* target, const CUtensorMap* map, uint64_t* barrier, const int (&at)[5]) {
   load_box(static_cast<uint16_t>(1 << emulated::block->rank), target, map, barrier, at);
 }
