@@ -1,6 +1,6 @@
 // The low-bit products on the GPU, one at a time: microseconds, and what share of the tensor cores' cycles they use at the clock that the
 // GPU really ran at, which tells a kernel that waits from a GPU that is out of power. Prints CSV. Results are compared with the CPU
-// backend's before anything is timed. Operands and results are rotated past the cache. bench/run.py has the peers.
+// backend's before anything is timed. Codes and results are rotated past the cache. bench/run.py has the peers.
 //
 // bench_gemm CASE [M N K]...    CASE: w4a4, w1a1, w2a2, w4a8, w8a8 ... (wXaY), w4a4s with a 4:8 sparse weight, w1a16 ... with activations
 //                               of bfloat16 (of many rows too, where the operation multiplies by torch); without shapes, the paper's 7B
@@ -41,14 +41,19 @@ class Buffer {
   void* data_ = nullptr;
 };
 
-// Quantized normal values on the device, `copies` of them one after another.
+// Of the codes, without the index of a sparse operand.
+int64_t stored_bytes(Grid grid, Sparsity sparsity, Layout layout, int64_t rows, int64_t k) {
+  return rows * row_bytes(layout, sparsity == Sparsity::kFourEight ? k / 2 : k) * (layout == Layout::kPlanes ? grid.bits : 1);
+}
+
+// Quantized normal values on the device, `copies` of them one after another, with the same scales and sums.
 class Codes {
  public:
   Codes(const Arena& arena, Grid grid, Sparsity sparsity, Layout layout, int64_t rows, int64_t k, int copies)
       : grid_(grid),
         layout_(layout),
         rows_(rows),
-        bytes_(rows * row_bytes(layout, sparsity == Sparsity::kFourEight ? k / 2 : k) * (layout == Layout::kPlanes ? grid.bits : 1)),
+        bytes_(stored_bytes(grid, sparsity, layout, rows, k)),
         index_bytes_(sparsity == Sparsity::kFourEight ? rows * index_row_bytes(k) : 0),
         data_(bytes_ * copies),
         scale_(rows * 4),
@@ -164,12 +169,9 @@ void bench_shape(const std::string& name, const Grid* a_grid, Grid w_grid, Spars
   if (operands.family == GemmFamily::kPlanes) product = cuda::gemm_planes, host_product = gemm_planes, operations_a_cycle = 65536;
   if (operands.family == GemmFamily::kSparse) product = cuda::gemm_sparse, host_product = gemm_sparse, operations_a_cycle = 16384;
   if (a_grid == nullptr) operations_a_cycle = 4096;
-  auto stored_bytes = [&](Layout layout, int64_t rows, int bits) {
-    return rows * row_bytes(layout, k) * (layout == Layout::kPlanes ? bits : 1);
-  };
   auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
-  const int64_t w_bytes = stored_bytes(operands.w, n, w_grid.bits), y_bytes = aligned(m * n * 2);
-  const int64_t a_bytes = a_grid != nullptr ? stored_bytes(operands.a, m, a_grid->bits) : aligned(m * k * 2);
+  const int64_t w_bytes = stored_bytes(w_grid, sparsity, operands.w, n, k), y_bytes = aligned(m * n * 2);
+  const int64_t a_bytes = a_grid != nullptr ? stored_bytes(*a_grid, Sparsity::kNone, operands.a, m, k) : aligned(m * k * 2);
   const int copies = std::min(buffer_count(static_cast<double>(w_bytes + a_bytes + y_bytes)), 64);
   const Codes w(arena, w_grid, sparsity, operands.w, n, k, copies);
   std::optional<Codes> a;

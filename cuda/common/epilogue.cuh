@@ -21,7 +21,8 @@ struct Output {
   int64_t m, n;
   bool vectorized;  // rows of y allow 16-byte stores
 
-  // Whether kernels of few rows give a lane two neighbouring columns, for which w's rows lie in another order (weight_map).
+  // Whether gemm_few, gemm_stream and gemm_fixed give a lane two neighbouring columns, for which w's rows lie in another order
+  // (weight_map).
   __host__ __device__ bool adjacent() const { return vectorized && n % 16 == 0; }
 };
 

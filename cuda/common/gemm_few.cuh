@@ -4,14 +4,13 @@
 // Two or three warpgroups of a block multiply, and a warp copies (TMA). Warpgroups that have the same columns share K: each has every
 // second of the stages, and at the end each adds up the integers of every second group of 8 rows, in a fixed order: no workspace, no second
 // launch. Where even so half of the multiprocessors would have no block, and K is long, two blocks of a cluster share a tile, and each adds
-// up every second pair of these groups.
+// up every second pair of these groups. Of 16 rows of w the even ones may lie first (weight_map).
 //
 // What follows the last product counts: at 64 x 4096 x 4096 it took 1.7 us of 5.9 with four warpgroups that shared K, whose sums are four
 // times the bytes in shared memory.
 #pragma once
 
 #include <algorithm>
-#include <climits>
 #include <cstdint>
 
 #include "common/wgmma_fragments.cuh"
@@ -73,12 +72,12 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   steps.k_tiles = (((steps.k_tiles + paired) >> paired) + K_GROUPS - 1) / K_GROUPS;
   const int first_k_tile = rank * K_GROUPS * steps.k_tiles;
 
-  const int warpgroup = warpgroup_index(), warp = warp_index();
+  const int warpgroup = warpgroup_index(), warp = 4 * warpgroup + warp_index();
   if (threadIdx.x % 32 == 0) {
     if (warpgroup < Tile::MULTIPLIERS) {
       // One lane of each warp, of whose barriers all lanes know the place (gemm_fixed.cuh).
-      ring.init_barriers(4 * warpgroup + warp, 4 * Tile::MULTIPLIERS);
-      if (4 * warpgroup + warp == 0) barrier_init(all_sent, 1);
+      ring.init_barriers(warp, 4 * Tile::MULTIPLIERS);
+      if (warp == 0) barrier_init(all_sent, 1);
       barrier_init_fence();
     } else {
       prefetch_tensor_map(&w_map);
@@ -86,15 +85,16 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
       // To the second cache, while barriers are made and the kernel before this one ends: of a, which all blocks read, a step of the
       // columns by each tile, and the first boxes of w. (One step of w: as fast; four: up to 5 % slower. Not before the barriers but
       // behind: 1 to 5 % slower where blocks fill the GPU.)
+      const StepCursor first_step(steps);
       if (BLOCK_M >= 64 && n_tile < K_GROUPS * steps.k_tiles) {
-        tensor_prefetch(&a_map, (first_k_tile + n_tile) * kStepRowBytes, first_m, 0);
+        tensor_prefetch(&a_map, (first_k_tile + n_tile) * kStepRowBytes, first_m, first_step.a_plane);
       }
       if (first_m == 0) {
 #pragma unroll 1
         for (int i = 0; i < min(Tile::PREFETCHED_STEPS, steps.k_tiles); ++i) {
           for (int k_group = 0; k_group < K_GROUPS; ++k_group) {
             const int byte = (first_k_tile + k_group * steps.k_tiles + i) * Tile::Fragments::kRowBytes;
-            tensor_prefetch_5d(&w_map, weight_at(byte, tile_n, StepCursor(steps).w_plane, adjacent).at);
+            tensor_prefetch_5d(&w_map, weight_at(byte, tile_n, first_step.w_plane, adjacent).at);
           }
         }
       }
@@ -125,7 +125,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
     RowFactors* const factors = row_factors + n_group * BLOCK_M;
 
     // The factors are loaded before the main loop and looked at after it: until then memory has time.
-    const RowLoads<BLOCK_M> row_loads(problem.output, k_group == 0 ? first_m : INT_MAX - BLOCK_M);  // of no rows that there are
+    const RowLoads<BLOCK_M> row_loads(problem.output, k_group == 0 ? first_m : static_cast<int>(problem.output.epilogue.output.m));
     const ColumnLoads column_loads(problem.output, first_n, adjacent);
 
     int32_t accumulators[BLOCK_M / 2];

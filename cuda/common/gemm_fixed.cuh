@@ -16,11 +16,11 @@
 // share the units of a tile, so that more of them have work. They send their sums to the block and the warpgroup that add them up
 // (st.async), in a fixed order: one launch, and the same bits in every run.
 //
-// The weight is the left operand. The copy engine brings 64 of its rows at a time to a ring of each warpgroup; one more warp starts the
-// copies, a lane for each warpgroup. (Where a thread of the warpgroup itself does it, the compiler no longer keeps descriptors in uniform
-// registers.) Bits are multiplied where they lie. Wider codes go through registers: the instruction sums over K in any order as long as
-// both operands agree, so a lane's 16 bytes of w are the columns that it contributes, and the digits of a are laid down in the order that
-// unpacking them is cheapest.
+// The weight is the left operand. The copy engine brings 64 of its rows at a time (in an order of weight_map) to a ring of each warpgroup;
+// one more warp starts the copies, a lane for each warpgroup. (Where a thread of the warpgroup itself does it, the compiler no longer keeps
+// descriptors in uniform registers.) Bits are multiplied where they lie. Wider codes go through registers: the instruction sums over K in
+// any order as long as both operands agree, so a lane's 16 bytes of w are the columns that it contributes, and the digits of a are laid
+// down in the order that unpacking them is cheapest.
 //
 // What bounds it: making numbers, which every cluster does for itself (a bit of each of 32 numbers to a word: 230 instructions a lane), and
 // unpacking, both integer instructions, of which a multiprocessor does 64 a cycle.
@@ -281,11 +281,14 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     // Whatever the kernel before this one still writes, goes through the second cache.
     Box box = first_box();
     for (int i = 0; i < Kernel::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch_5d(&w_map, at(box).at);
-    // And this block's columns of x, of which each range of a cluster's has a row to ask for: numbers are made of it before anything else.
-    const int first_column = first_unit * W::kUnitColumns, columns = min(units * W::kUnitColumns, problem.k - first_column);
-    for (int row = range; row < rows; row += static_cast<int>(gridDim.y)) {
-      const uint8_t* const source = problem.x + 2 * (static_cast<int64_t>(first_row + row) * problem.k + first_column);
-      for (int byte = lane * 128; byte < 2 * columns; byte += 32 * 128) line_prefetch(source + byte);
+    // And this block's columns of x, a row by each block that has the same ones: numbers are made of them before anything else. (Up to 3 %,
+    // where x is not in the second cache.)
+    if (lane == 0) {
+      const int first_column = first_unit * W::kUnitColumns, columns = min(units * W::kUnitColumns, problem.k - first_column);
+#pragma unroll 1
+      for (int row = range; row < rows; row += static_cast<int>(gridDim.y)) {
+        bulk_prefetch(problem.x + 2 * (static_cast<int64_t>(first_row + row) * problem.k + first_column), 2 * columns);
+      }
     }
   }
   __syncthreads();

@@ -38,7 +38,8 @@ struct StreamProblem {
   IntegerEpilogue epilogue;
 };
 
-// What a lane has of 16 rows of w and a unit: of rows g and g + 8 (g = lane / 4) two words of 8 codes each in every 64 columns.
+// What a lane has of 16 rows of w and a unit: of rows g and g + 8 of the box (g = lane / 4; weight_map may order them) two words of 8 codes
+// each in every 64 columns.
 struct StreamCodes {
   using Words = uint32_t[4][4];  // of the four instructions of half a unit
   uint32_t codes[4][4];          // [64 columns][row g, row g + 8 of the first 32 columns, then of the others]

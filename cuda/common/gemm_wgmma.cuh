@@ -42,7 +42,7 @@ struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
   static constexpr int THREADS = (1 + MULTIPLIERS) * kWarpgroup;  // the first warpgroup copies
   using Piece = OutputPiece<64>;                                  // of y, that a warpgroup hands over at once, through buffers of its own
   static constexpr int BUFFERS = 2;
-  static constexpr int PREFETCHED_STEPS = 4;
+  static constexpr int PREFETCHED_STEPS = 4;  // (2 or 8: as fast)
   static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int STORES_BYTES = MULTIPLIERS * BUFFERS * Piece::BYTES;
@@ -83,7 +83,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
   auto buffers = [&](int group) { return shared + STAGES * Tile::STAGE_BYTES + group * BUFFERS * Piece::BYTES; };
   RowFactors* const row_factors = reinterpret_cast<RowFactors*>(buffers(Tile::MULTIPLIERS));
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
-  StageRing<Tile> ring{shared, barriers, barriers + STAGES, problem.copied_bytes, false};
+  StageRing<Tile> ring{shared, barriers, barriers + STAGES, problem.copied_bytes};
   auto written = [&](int group) { return barriers + 2 * STAGES + group * 2 * BUFFERS; };  // of each buffer: there is a piece
   auto free = [&](int group) { return written(group) + BUFFERS; };                        // it has been read
 
@@ -173,7 +173,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
 
       // The factors are loaded before the main loop and looked at after it: until then memory has time.
       const RowLoads<BLOCK_M> row_loads(problem.output, first_m);
-      const ColumnLoads column_loads(problem.output, first_n, false);
+      const ColumnLoads column_loads(problem.output, first_n, /*adjacent=*/false);
 
       multiplier.multiply(accumulators, ring, problem, steps, 0);
       if (tile + tile_stride >= tiles) launch_dependents();
@@ -197,7 +197,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
 #pragma unroll
         for (int j = 0; j < BLOCK_M / 8; ++j) {
           const int32_t four[4] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
-          store_group(problem.output, four, factors + 8 * j, columns, first_m + 8 * j, first_n, false);
+          store_group(problem.output, four, factors + 8 * j, columns, first_m + 8 * j, first_n, /*adjacent=*/false);
         }
       }
     }

@@ -1,4 +1,4 @@
-// The tensor map of a matrix, or of several one behind another.
+// The tensor maps of a matrix, or of several one behind another, and of a weight, and where the boxes of that are.
 #pragma once
 
 #include <cstdint>

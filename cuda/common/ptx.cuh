@@ -99,9 +99,6 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
-// The 128 bytes around an address of global memory to the second cache.
-__device__ __forceinline__ void line_prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }
-
 // Copies 16 bytes from global to shared memory without registers; writes zeros when not `valid` (then `global` is not read).
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;

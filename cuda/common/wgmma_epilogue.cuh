@@ -2,7 +2,7 @@
 //
 // The accumulators hold y transposed: a thread has two columns and a pair of rows in every 8. They become pieces of some rows in shared
 // memory, transposed on the way by stmatrix, which the copy engine writes to y. Where it cannot (float32, or rows that do not start at
-// multiples of 16 bytes), threads store single elements.
+// multiples of 16 bytes), and in the kernels of few rows, threads store single elements or two.
 #pragma once
 
 #include <cstdint>
@@ -109,8 +109,8 @@ class ColumnLoads {
 };
 
 // What a lane has of 8 rows from first_m on, before last_m, and a warp's 16 columns from first_n on: two rows and two columns, value(c) for
-// row c % 2 and column c / 2. Adjacent columns are stored together, and so the memory gets whole sectors of 32 bytes, which it takes 2 to 7
-// % of a kernel of 64 rows faster than halves.
+// row c % 2 and column c / 2. Adjacent columns are stored together, so that the memory gets whole sectors of 32 bytes (a kernel of 64 rows
+// is 2 to 7 % faster).
 template <typename Value>
 __device__ __forceinline__ void store_four(const Output& y, int first_m, int last_m, int first_n, bool adjacent, Value value) {
   const int m = first_m + threadIdx.x % 4 * 2, n = first_n + lane_column(adjacent, 0);

@@ -171,8 +171,8 @@ template <typename Tile>
 struct StageRing {
   uint8_t* shared;
   uint64_t *full, *empty;
-  uint32_t copied_bytes;  // to a stage
-  bool evens_first;       // of the rows of w, if Tile::ORDERS_ROWS (weight_map)
+  uint32_t copied_bytes;     // to a stage
+  bool evens_first = false;  // of the rows of w, if Tile::ORDERS_ROWS (weight_map)
   int stage = 0;
   uint32_t parity = 0;
 

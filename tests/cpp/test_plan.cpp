@@ -293,14 +293,15 @@ TEST(Plan, BitsThatStay) {
   EXPECT_EQ(kernel(16, 4096, 4096), "skinny");
   EXPECT_EQ(kernel(64, 4096, 4096), "wgmma_m64n64");
   EXPECT_EQ(kernel(4096, 4096, 4096), "stationary_n256");
-  EXPECT_EQ(kernel(4096, 4096, 11008), "stationary_n128");  // 11 chunks of 128 rows, and 5 stages
+  EXPECT_EQ(kernel(4096, 4096, 11008), "stationary_n128");  // 11 chunks of 128 rows, and 6 stages
   EXPECT_EQ(kernel(16384, 4096, 11008), "wgmma_m256n128");  // a would be read too often
   EXPECT_EQ(kernel(16384, 4096, 4096), "stationary_n256");
-  EXPECT_EQ(kernel(4096, 4096, 11265), "wgmma_m256n128");  // 3 stages
+  EXPECT_EQ(kernel(4096, 4096, 11265), "wgmma_m256n128");  // 4 stages
   EXPECT_EQ(kernel(4096, 4080, 4096), "wgmma_m256n128");   // no whole spans of 32 columns
   EXPECT_EQ(kernel(4096, 4096, 4096, 80), "m128n128");
   EXPECT_EQ(stationary_stages(256, 4096), 11);
-  EXPECT_EQ(stationary_stages(128, 11008), 5);
+  EXPECT_EQ(stationary_stages(128, 11008), 6);
+  EXPECT_EQ(stationary_stages(128, 11265), 4);
   EXPECT_EQ(stationary_stages(256, 11008), 0);
   EXPECT_TRUE(is_stationary(plan_bits(4096, 4096, 11008, 90, 132)));
   EXPECT_FALSE(is_stationary(plan_bits(64, 4096, 4096, 90, 132)));

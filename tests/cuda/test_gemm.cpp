@@ -150,7 +150,7 @@ TEST_F(Gemm, StreamedWeight) {
   struct Case {
     int64_t n, k, most_rows;
   };
-  for (const auto& [n, k, most_rows] : {Case{5, 48, 32}, Case{1403, 4096, 32}, Case{700, 11008, 16}, Case{700, 8192, 32},
+  for (const auto& [n, k, most_rows] : {Case{5, 48, 32}, Case{1403, 4096, 32}, Case{704, 11008, 16}, Case{700, 8192, 32},
                                         Case{6007, 1040, 32}, Case{17003, 96, 32}, Case{67501, 64, 16}}) {
     const Matrix w4(random, int4, Layout::kPacked, n, k), w3(random, int3, Layout::kPacked, n, k);
     for (const int64_t m : {1, 8, 9, 16, 17, 32}) {
@@ -270,7 +270,7 @@ TEST_F(Gemm, EveryOutputType) {
   const Grid int4{GridKind::kInt, 4};
   for (const DType dtype : testing::kDTypes) {
     for (const int64_t m : {4, 30, 130}) {
-      for (const int64_t n : {72, 75}) {
+      for (const int64_t n : {72, 75, 80}) {
         const Matrix a(random, int4, Layout::kValues, m, 128), w(random, int4, Layout::kPacked, n, 128);
         check_product(kInt4, a, w, m, n, 128, dtype, true);
         check_product(kInt4, a, w, m, n, 128, dtype, false);

@@ -65,7 +65,7 @@ TEST(Emulated, FixedPoint) {
     int multiprocessors;
     Shape shape;
   };
-  for (const auto& [multiprocessors, s] : {Case{1, {17, 150, 200}}, Case{1, {33, 100, 2600}}, Case{8, {17, 130, 8200}}}) {
+  for (const auto& [multiprocessors, s] : {Case{1, {17, 150, 200}}, Case{1, {33, 112, 2600}}, Case{8, {17, 144, 8200}}}) {
     for (const int32_t bits : {1, 2, 3}) ASSERT_TRUE(plan_fixed({GridKind::kInt, bits}, Layout::kPlanes, s.m, s.n, s.k));
     emulated::multiprocessors = multiprocessors;
     for (const int32_t bits : {1, 2, 3})
@@ -74,7 +74,7 @@ TEST(Emulated, FixedPoint) {
     check_weight_only(random, kInt8Grid, Layout::kCodes, DType::kBFloat16, s.m, s.n, s.k / 16 * 16);
   }
   // One bit, of fewer rows than eight.
-  for (const auto& [m, n, k] : {Shape{1, 130, 2056}, Shape{2, 70, 1000}, Shape{3, 200, 4104}, Shape{4, 64, 1024}, Shape{5, 100, 3080}}) {
+  for (const auto& [m, n, k] : {Shape{1, 144, 2056}, Shape{2, 70, 1000}, Shape{3, 208, 4104}, Shape{4, 64, 1024}, Shape{5, 100, 3080}}) {
     emulated::multiprocessors = static_cast<int>(m);
     check_weight_only(random, kInt1Grid, Layout::kPlanes, m % 2 == 0 ? DType::kFloat16 : DType::kBFloat16, m, n, k);
   }
@@ -134,7 +134,7 @@ TEST(Emulated, SharedK) {
     int block_n, cluster;
   };
   for (const auto& [multiprocessors, n, k, block_n, cluster] :
-       {Case{4, 130, 2048, 64, 1}, Case{1, 48, 5136, 64, 1}, Case{2, 240, 1040, 128, 1}, Case{1, 190, 272, 192, 1},
+       {Case{4, 130, 2048, 64, 1}, Case{1, 48, 5136, 64, 1}, Case{2, 240, 1040, 128, 1}, Case{1, 176, 272, 192, 1},
         Case{4, 112, 1040, 64, 2}}) {
     emulated::multiprocessors = multiprocessors;
     const Matrix w8(random, kInt8Grid, Layout::kCodes, n, k), w4(random, kInt4Grid, Layout::kPacked, n, k);
@@ -155,6 +155,11 @@ TEST(Emulated, SharedK) {
       check_product(kPlanes, Matrix(random, kInt2Grid, Layout::kPlanes, m, 8 * k), w2, m, n, 8 * k);
     }
   }
+  // Several tiles of rows.
+  emulated::multiprocessors = 2;
+  ASSERT_EQ(plan_wgmma(GemmFamily::kInt4, 70, 112, 1040, 2).block_m, 64);
+  check_product(kInt4, Matrix(random, kInt4Grid, Layout::kEvenOdd, 70, 1040), Matrix(random, kInt4Grid, Layout::kPacked, 112, 1040), 70,
+                112, 1040);
 }
 
 // Tiles of 128 rows and 128 and 192 columns, and of 256 rows in clusters of two blocks, several a block; y by the copy engine and by single

@@ -86,10 +86,16 @@ inline uint32_t swizzled(uint32_t offset, int swizzle) {
   }
 }
 
+// What an instruction for tensors of `rank` dimensions finds: with another's map the engine reads something else.
+inline TensorDescription described(const CUtensorMap* map, int rank) {
+  const auto description = load<TensorDescription>(map);
+  if (description.rank != rank) std::abort();
+  return description;
+}
+
 // Calls copy(element in memory or nullptr, element in shared memory, bytes) for the box at `at`; returns its bytes.
 template <typename Copy>
-uint32_t for_box(const CUtensorMap* map, uint8_t* shared, uint32_t offset, const int (&at)[kMostDimensions], Copy copy) {
-  const auto description = load<TensorDescription>(map);
+uint32_t for_box(const TensorDescription& description, uint8_t* shared, uint32_t offset, const int (&at)[kMostDimensions], Copy copy) {
   const int64_t bytes = description.stride[0];
   if (offset % 128 != 0) std::abort();  // the engine's alignment
   uint32_t done = 0;
@@ -111,7 +117,7 @@ uint32_t for_box(const CUtensorMap* map, uint8_t* shared, uint32_t offset, const
   return done;
 }
 
-inline void load_box(uint16_t blocks, void* target, const CUtensorMap* map, uint64_t* barrier, const int (&at)[kMostDimensions]) {
+inline void load_box(uint16_t blocks, void* target, const TensorDescription& map, uint64_t* barrier, const int (&at)[kMostDimensions]) {
   const auto& all = emulated::block->cluster->blocks;
   for (size_t rank = 0; rank < all.size(); ++rank) {
     if ((blocks >> rank & 1) == 0) continue;
@@ -123,17 +129,21 @@ inline void load_box(uint16_t blocks, void* target, const CUtensorMap* map, uint
   }
 }
 inline void prefetch_tensor_map(const CUtensorMap*) {}
-inline void tensor_prefetch(const CUtensorMap*, int, int, int) {}
+inline void bulk_prefetch(const void* global, int bytes) {
+  if (!is_aligned(global, 16) || bytes % 16 != 0) std::abort();
+}
+inline void tensor_prefetch(const CUtensorMap* map, int, int, int) { described(map, 3); }
 template <bool MULTICAST>
 void tensor_load(void* target, const CUtensorMap* map, uint64_t* barrier, int column, int row, int plane, uint16_t blocks) {
-  load_box(MULTICAST ? blocks : static_cast<uint16_t>(1 << emulated::block->rank), target, map, barrier, {column, row, plane, 0, 0});
+  load_box(MULTICAST ? blocks : static_cast<uint16_t>(1 << emulated::block->rank), target, described(map, 3), barrier,
+           {column, row, plane, 0, 0});
 }
-inline void tensor_prefetch_5d(const CUtensorMap*, const int (&)[5]) {}
+inline void tensor_prefetch_5d(const CUtensorMap* map, const int (&)[5]) { described(map, 5); }
 inline void tensor_load_5d(void* target, const CUtensorMap* map, uint64_t* barrier, const int (&at)[5]) {
-  load_box(static_cast<uint16_t>(1 << emulated::block->rank), target, map, barrier, at);
+  load_box(static_cast<uint16_t>(1 << emulated::block->rank), target, described(map, 5), barrier, at);
 }
 inline void tensor_store(const CUtensorMap* map, const void* source, int column, int row) {
-  for_box(map, emulated::block->shared, shared_address(source), {column, row, 0, 0, 0},
+  for_box(described(map, 2), emulated::block->shared, shared_address(source), {column, row, 0, 0, 0},
           [](uint8_t* memory, const uint8_t* shared, int64_t n) {
             if (memory != nullptr) std::memcpy(memory, shared, n);
           });

@@ -16,6 +16,7 @@ struct TensorDimension {
 
 constexpr int kMostDimensions = 5;
 struct TensorDescription {
+  int32_t rank;
   uint8_t* base;
   int64_t stride[kMostDimensions];  // the first: of an element
   int32_t size[kMostDimensions];
@@ -29,6 +30,7 @@ CUtensorMap tensor_map(const char* op, CUtensorMapDataType, const void* base, co
                        CUtensorMapSwizzle swizzle) {
   check(is_aligned(base, 16), op, ": a tensor map of memory at no multiple of 16");
   TensorDescription description{};
+  description.rank = static_cast<int32_t>(RANK);
   description.base = static_cast<uint8_t*>(const_cast<void*>(base));
   description.swizzle = static_cast<uint8_t>(swizzle);
   for (int i = 0; i < kMostDimensions; ++i) {
