@@ -140,7 +140,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_stationary_kernel(const
   const int64_t first_tile = problem.tiles * blockIdx.x / gridDim.x, last_tile = problem.tiles * (blockIdx.x + 1) / gridDim.x;
   int tiles_left = static_cast<int>(last_tile - first_tile);
   int n_tile = static_cast<int>(first_tile / problem.tiles_m), m_tile = static_cast<int>(first_tile - int64_t{n_tile} * problem.tiles_m);
-  auto w_at = [&](int chunk) { return WeightAt{{chunk * Tile::ROW_BYTES, 0, 0, 0, n_tile * (Tile::BLOCK_N / Tile::SPAN)}}; };
+  auto w_at = [&](int chunk) { return BoxAt{{chunk * Tile::ROW_BYTES, 0, 0, 0, n_tile * (Tile::BLOCK_N / Tile::SPAN)}}; };
 
   // One lane of each warp, of whose barriers all lanes know the place (gemm_fixed.cuh).
   const int warpgroup = warpgroup_index(), warp = 4 * warpgroup + warp_index();

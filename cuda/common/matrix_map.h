@@ -1,4 +1,4 @@
-// The tensor maps of a matrix, or of several one behind another, and of a weight, and where the boxes of that are.
+// The tensor maps of a matrix, or of several one behind another, and of a weight, and where its boxes are.
 #pragma once
 
 #include <cstdint>
@@ -33,11 +33,13 @@ inline CUtensorMap weight_map(const char* op, const void* base, int64_t rows, in
                     {columns, {8, 2 * row_bytes, 8}, {2, row_bytes, 2}, {rows / 16, 16 * row_bytes, box.rows / 16}, plane}, box.swizzle);
 }
 
-// Where a box of it is, at (column, row, plane).
-struct WeightAt {
+// Where a box is, in five dimensions.
+struct BoxAt {
   int at[5];
 };
-__device__ __forceinline__ WeightAt weight_at(int column, int row, int plane, bool evens_first) {
+
+// A weight's at (column, row, plane).
+__device__ __forceinline__ BoxAt weight_at(int column, int row, int plane, bool evens_first) {
   return {{column, evens_first ? 0 : row, 0, evens_first ? row / 16 : 0, plane}};
 }
 
