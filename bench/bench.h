@@ -59,6 +59,9 @@ struct Arena {
   Arena& operator=(const Arena&) = delete;
 };
 
+// What follows so many bytes of a buffer is as aligned as the buffer.
+inline int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
 // Buffers of `bytes` that fit both arenas and are in flight together.
 inline int buffer_count(double bytes) {
   const double most = static_cast<double>(kArenaBytes) / bytes;

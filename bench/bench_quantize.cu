@@ -22,8 +22,6 @@ constexpr double kMostDifferent = 1e-3;  // share of codes and mask bytes: sums 
 
 void serial(int64_t begin, int64_t end, int64_t, const RangeBody& body) { body(begin, end); }
 
-int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
 struct Case {
   Quantizer quantizer;
   Layout layout;

@@ -93,8 +93,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
 #pragma unroll 1
         for (int i = 0; i < min(Tile::PREFETCHED_STEPS, steps.k_tiles); ++i) {
           for (int k_group = 0; k_group < K_GROUPS; ++k_group) {
-            const int byte = (first_k_tile + k_group * steps.k_tiles + i) * Tile::Fragments::kRowBytes;
-            tensor_prefetch_5d(&w_map, weight_at(byte, tile_n, first_step.w_plane, adjacent).at);
+            ring.prefetch(w_map, first_k_tile + k_group * steps.k_tiles + i, first_step, tile_n);
           }
         }
       }

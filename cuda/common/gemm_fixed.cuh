@@ -281,15 +281,6 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     // Whatever the kernel before this one still writes, goes through the second cache.
     Box box = first_box();
     for (int i = 0; i < Kernel::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch_5d(&w_map, at(box).at);
-    // And this block's columns of x, a row by each block that has the same ones: numbers are made of them before anything else. (Up to 3 %,
-    // where x is not in the second cache.)
-    if (lane == 0) {
-      const int first_column = first_unit * W::kUnitColumns, columns = min(units * W::kUnitColumns, problem.k - first_column);
-#pragma unroll 1
-      for (int row = range; row < rows; row += static_cast<int>(gridDim.y)) {
-        bulk_prefetch(problem.x + 2 * (static_cast<int64_t>(first_row + row) * problem.k + first_column), 2 * columns);
-      }
-    }
   }
   __syncthreads();
   if (blocks > 1) cluster_arrive_relaxed();

@@ -109,8 +109,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
       if (at.m == 0) {
 #pragma unroll 1
         for (int i = 0; i < min(Tile::PREFETCHED_STEPS, problem.steps.k_tiles); ++i) {
-          tensor_prefetch(&w_map, i * Tile::Fragments::kRowBytes, (at.n_cluster * CLUSTER + rank) * Tile::BLOCK_N,
-                          StepCursor(problem.steps).w_plane);
+          ring.prefetch(w_map, i, StepCursor(problem.steps), (at.n_cluster * CLUSTER + rank) * Tile::BLOCK_N);
         }
       }
     }

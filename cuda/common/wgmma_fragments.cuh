@@ -190,6 +190,16 @@ struct StageRing {
     if (stage >= Tile::STAGES) stage -= Tile::STAGES, parity ^= 1;
   }
 
+  // The rows of w from first_n on, in the columns of a step, to the second cache.
+  __device__ __forceinline__ void prefetch(const CUtensorMap& w_map, int k_tile, const StepCursor& step, int first_n) const {
+    const int byte = k_tile * Tile::Fragments::kRowBytes;
+    if constexpr (Tile::ORDERS_ROWS) {
+      tensor_prefetch_5d(&w_map, weight_at(byte, first_n, step.w_plane, evens_first).at);
+    } else {
+      tensor_prefetch(&w_map, byte, first_n, step.w_plane);
+    }
+  }
+
   // The rows from first_m and first_n on, in the columns of a step, to the next stage; of a the share of this block, for all of its
   // cluster.
   __device__ __forceinline__ void copy(const CUtensorMap& a_map, const CUtensorMap& w_map, const CUtensorMap& index_map, int k_tile,
@@ -199,20 +209,23 @@ struct StageRing {
     barrier_wait(&empty[stage], parity ^ 1);
     barrier_expect(&full[stage], copied_bytes);
     uint8_t* const w_tile = a_tile() + Tile::A_BYTES;
-    auto load_rows = [&](uint8_t* target, const CUtensorMap& map, int byte, int plane) {
-      if constexpr (Tile::ORDERS_ROWS) {
-        tensor_load_5d(target, &map, &full[stage], weight_at(byte, first_n, plane, evens_first).at);
-      } else {
-        tensor_load<false>(target, &map, &full[stage], byte, first_n, plane, 0);
-      }
-    };
-    load_rows(w_tile, w_map, k_tile * Fragments::kRowBytes, step.w_plane);
+    load_rows(w_tile, w_map, k_tile * Fragments::kRowBytes, first_n, step.w_plane);
     if constexpr (Fragments::kIndexBytes > 0) {
-      load_rows(w_tile + Tile::BLOCK_N * Fragments::kRowBytes, index_map, k_tile / 2 * Fragments::kIndexBytes, 0);
+      load_rows(w_tile + Tile::BLOCK_N * Fragments::kRowBytes, index_map, k_tile / 2 * Fragments::kIndexBytes, first_n, 0);
     }
     tensor_load<(Tile::CLUSTER > 1)>(a_tile() + rank * kShare * kStepRowBytes, &a_map, &full[stage], k_tile * kStepRowBytes,
                                      first_m + rank * kShare, step.a_plane, (1 << Tile::CLUSTER) - 1);
     advance();
+  }
+
+ private:
+  // Of w or of its index.
+  __device__ __forceinline__ void load_rows(uint8_t* target, const CUtensorMap& map, int byte, int first_n, int plane) const {
+    if constexpr (Tile::ORDERS_ROWS) {
+      tensor_load_5d(target, &map, &full[stage], weight_at(byte, first_n, plane, evens_first).at);
+    } else {
+      tensor_load<false>(target, &map, &full[stage], byte, first_n, plane, 0);
+    }
   }
 };
 

@@ -134,8 +134,8 @@ TEST(Emulated, SharedK) {
     int block_n, cluster;
   };
   for (const auto& [multiprocessors, n, k, block_n, cluster] :
-       {Case{4, 130, 2048, 64, 1}, Case{1, 48, 5136, 64, 1}, Case{2, 240, 1040, 128, 1}, Case{1, 176, 272, 192, 1},
-        Case{4, 112, 1040, 64, 2}}) {
+       {Case{4, 130, 2048, 64, 1}, Case{1, 48, 5136, 64, 1}, Case{2, 240, 1040, 128, 1}, Case{2, 250, 1040, 128, 1},
+        Case{1, 176, 272, 192, 1}, Case{1, 190, 272, 192, 1}, Case{4, 112, 1040, 64, 2}, Case{4, 100, 1040, 64, 2}}) {
     emulated::multiprocessors = multiprocessors;
     const Matrix w8(random, kInt8Grid, Layout::kCodes, n, k), w4(random, kInt4Grid, Layout::kPacked, n, k);
     const Matrix w2(random, kInt2Grid, Layout::kPlanes, n, 8 * k);
@@ -189,7 +189,7 @@ TEST(Emulated, LargeTiles) {
 
 // Rows of w that stay in shared memory, and then the next; a ring of a with more stages than a row has chunks, and with fewer.
 TEST(Emulated, BitsThatStay) {
-  emulated::multiprocessors = 4;
+  emulated::multiprocessors = 2;
   Random random(5);
   for (const Shape& s : {Shape{130, 544, 2064}, Shape{200, 288, 10000}}) {
     const Matrix a(random, kInt1Grid, Layout::kPlanes, s.m, s.k), w(random, kInt1Grid, Layout::kPlanes, s.n, s.k);

@@ -129,9 +129,6 @@ inline void load_box(uint16_t blocks, void* target, const TensorDescription& map
   }
 }
 inline void prefetch_tensor_map(const CUtensorMap*) {}
-inline void bulk_prefetch(const void* global, int bytes) {
-  if (!is_aligned(global, 16) || bytes % 16 != 0) std::abort();
-}
 inline void tensor_prefetch(const CUtensorMap* map, int, int, int) { described(map, 3); }
 template <bool MULTICAST>
 void tensor_load(void* target, const CUtensorMap* map, uint64_t* barrier, int column, int row, int plane, uint16_t blocks) {
