@@ -347,7 +347,9 @@ FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int
       int64_t each = std::min<int64_t>(kFixedMostTiles, up(tiles, std::max<int64_t>(1, at_once / groups)));
       const int64_t slots = std::clamp<int64_t>((left - each * tile) / slot, 2, kFixedMostSlots);
       each = std::min(each, (left - slots * slot) / tile);
-      const int64_t ranges = up(tiles, each), waves = up(ranges * groups, at_once);
+      const int64_t waves = up(up(tiles, each) * groups, at_once);
+      each = up(tiles, std::max<int64_t>(1, at_once * waves / groups));  // all waves alike
+      const int64_t ranges = up(tiles, each);
       const int64_t turns = up(each, kFixedGroups / k_groups) * up(most_units, k_groups);
       const double work = std::max(static_cast<double>(most_units * eights) * numbers_time, least_numbers_time) +
                           std::max(static_cast<double>(turns) * alone_time, static_cast<double>(each * most_units) * unit_time) +

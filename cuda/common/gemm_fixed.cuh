@@ -46,17 +46,17 @@ inline constexpr int kFixedThreads = kFixedGroups * kWarpgroup + 32;
 static_assert(kFixedTileN == kWarpgroupColumns, "rows of w of a tile");
 
 struct FixedProblem {
+  // What comes before the numbers, in the first lines of a kernel's parameters: each line takes its time to come.
   const uint8_t* x;  // rows of 16-bit floats, which start at multiples of 16 bytes
   int32_t k;
+  uint8_t cluster_log2, k_groups_log2, slots;  // slots: of a ring
+  uint8_t spare_bits;                          // of a number, where 16 would be too many for the sum
+  Shares tiles, units;  // of 64 rows of w, among the clusters of a group of rows of a; of K, among the blocks of a cluster
   Output output;
   const float* w_scale;
-  uint32_t mul, add;   // v = mul u + add for the integers u of w
-  uint32_t flip;       // of bytes: 0x80808080 makes c - 128 of 8-bit codes
-  uint4 table;         // of nibbles that are looked up
-  int32_t spare_bits;  // of a number, where 16 would be too many for the sum
-  int32_t cluster_log2, k_groups_log2;
-  int32_t slots;        // of a ring
-  Shares tiles, units;  // of 64 rows of w, among the clusters of a group of rows of a; of K, among the blocks of a cluster
+  uint32_t mul, add;  // v = mul u + add for the integers u of w
+  uint32_t flip;      // of bytes: 0x80808080 makes c - 128 of 8-bit codes
+  uint4 table;        // of nibbles that are looked up
 };
 
 // ---- one bit, multiplied where it lies
@@ -64,18 +64,21 @@ struct FixedBit {
   static constexpr bool kByBits = true;
   static constexpr int kUnitColumns = 1024, kStageRowBytes = 128;
   static constexpr int kPieces = 1, kPlanes = 1, kShift = 0;
-  static __device__ __forceinline__ int column(int warp, int t, int eight) { return 128 * warp + 32 * t + 8 * eight; }
+  static __device__ __forceinline__ int chunk(int eighth, int t) { return 16 * eighth + 4 * t; }
+  static constexpr __device__ int chunk_step(int eight) { return eight; }
 };
 
 // ---- what a lane loads of a unit of a row of w, 16 bytes of every plane kPieces times, and the two words, of 4 bytes each, that it
-// contributes to step i of a piece. A quarter of the 16 steps belongs to 32 columns of a lane, in four times 8: `column` says where these
-// are, `source` which of them is byte i of word k of the quarter. The words are 2^kShift u.
+// contributes to step i of a piece. A quarter of the 16 steps belongs to 32 columns of a lane, in four chunks of 8: `chunk` says which is
+// the first, `chunk_step` how much further another one is (in bits that the first has clear: the swizzle makes it an exclusive or),
+// `source` which of the columns is byte i of word k of the quarter. The words are 2^kShift u.
 struct FixedCodes {
   static constexpr bool kByBits = false;
   static constexpr int kUnitColumns = 512, kStageRowBytes = 64;
   struct Place {
     int eight, column;
   };
+  static constexpr __device__ int chunk_step(int eight) { return eight; }
 };
 
 // Bit planes: every eighth column of 32 in a word. Codes end below the sign: most bits are shifted to the left, which is a multiplication
@@ -95,7 +98,7 @@ struct FixedBits : FixedCodes {
     }
     return result;
   }
-  static __device__ __forceinline__ int column(int quarter, int t, int eight) { return 128 * t + 32 * quarter + 8 * eight; }
+  static __device__ __forceinline__ int chunk(int quarter, int t) { return 16 * t + 4 * quarter; }
   static constexpr __device__ Place source(int k, int i) { return {i, k}; }
 };
 
@@ -107,7 +110,7 @@ struct FixedNibbles : FixedCodes {
     const uint32_t codes = word_of(loaded[0], i);
     return make_uint2(codes & 0x0F0F0F0Fu, codes >> 4 & 0x0F0F0F0Fu);
   }
-  static __device__ __forceinline__ int column(int quarter, int t, int eight) { return 128 * quarter + 32 * t + 8 * eight; }
+  static __device__ __forceinline__ int chunk(int quarter, int t) { return 16 * quarter + 4 * t; }
   static constexpr __device__ Place source(int k, int i) { return {k / 2, 2 * i + k % 2}; }
 };
 
@@ -127,9 +130,8 @@ struct FixedBytes : FixedCodes {
   __device__ __forceinline__ uint2 words(const FixedProblem& problem, int i) const {
     return make_uint2(word_of(loaded[0], 2 * i) ^ problem.flip, word_of(loaded[0], 2 * i + 1) ^ problem.flip);
   }
-  static __device__ __forceinline__ int column(int quarter, int t, int eight) {
-    return 128 * quarter + eight / 2 * 64 + 16 * t + eight % 2 * 8;
-  }
+  static __device__ __forceinline__ int chunk(int quarter, int t) { return 16 * quarter + 2 * t; }
+  static constexpr __device__ int chunk_step(int eight) { return eight / 2 * 8 + eight % 2; }
   static constexpr __device__ Place source(int k, int i) { return {k / 2, 4 * (k % 2) + i}; }
 };
 
@@ -170,19 +172,23 @@ struct FixedRow {
   uint32_t part;
 };
 
-// Shared memory: the numbers of the block's units; the rings; what is received of tiles, and their scales and biases; the factors of the
-// units; what is left of rows on their way to numbers; barriers.
+// Shared memory: barriers; the numbers of the block's units; the rings; what is left of rows on their way to numbers; the factors of the
+// units; scales and biases of tiles, and what is received of these.
 template <typename W, int ROWS>
 struct FixedKernel {
   static constexpr int kTurnRows = ROWS < 8 ? ROWS : 8, kEights = ROWS / kTurnRows;  // of a, that become numbers together
   static constexpr int kUnitBytes = ROWS * W::kUnitColumns * 2;                      // digits, or bits, or a itself
   static constexpr int kQuarterBytes = 2 * ROWS * 128;                               // of digits
   static constexpr int kEightBytes = kTurnRows * W::kUnitColumns * 2;                // of bits
+  static constexpr int kBlockBytes = (W::kByBits ? kTurnRows : ROWS) * 128;          // of 64 columns of a
   static constexpr int kPlaneBytes = kWarpgroupColumns * W::kStageRowBytes, kStageBytes = W::kPlanes * kPlaneBytes;
   static constexpr int kTeamWarps = W::kUnitColumns * kTurnRows / 1024;  // that make the numbers of kTurnRows rows of a unit
   static constexpr int kTeams = kFixedGroups * 4 / kTeamWarps;
-  // Boxes of w of a warpgroup: brought to the second cache before the kernel before this one has ended; asked for before a is.
-  static constexpr int kPrefetched = W::kByBits ? 0 : 2, kEarlySlots = W::kByBits ? (ROWS <= 4 ? 1 : 0) : 4;
+  // Boxes of w of a warpgroup that are brought to the second cache before the kernel before this one has ended.
+  static constexpr int kPrefetched = W::kByBits ? 0 : 2;
+  // Behind a ring of w, a would come up to 1 us later: it is asked for first, before barriers are made. Not where it is so little that it
+  // is the weight that is waited for.
+  static constexpr bool kAFirst = ROWS > 4;
   static_assert(W::kByBits || kTurnRows == 8, "digits come in tiles of 8 rows");
   static constexpr int kParts = 4 * kEights;  // of a tile: the sums of a warp with 8 rows. Blocks own them in turn.
   static constexpr int kPartBytes = 32 * 16;
@@ -192,13 +198,18 @@ struct FixedKernel {
   struct Left {
     alignas(8) uint16_t largest[2][kTurnRows][kTeamWarps];
   };
-  static constexpr int kLeftBytes = kTeams * static_cast<int>(sizeof(Left));
-  static constexpr int kBarrierBytes = (2 * kFixedGroups * kFixedMostSlots + kFixedMostTiles) * 8;
+  static constexpr int kLeftBytes = (kTeams * static_cast<int>(sizeof(Left)) + 15) / 16 * 16;
+  // What has a place that the compiler knows.
+  struct Head {
+    uint64_t full[kFixedGroups][kFixedMostSlots], empty[kFixedGroups][kFixedMostSlots];
+    uint64_t sent[kFixedMostTiles];  // of each tile: all senders have
+  };
+  static constexpr int kHeadBytes = 1024;  // a multiple of what the swizzle wants
 
   static constexpr FixedRoom kRoom = fixed_room(W::kByBits, W::kPlanes, ROWS);
   static_assert(kRoom.unit_columns == W::kUnitColumns && kRoom.unit == kUnitBytes + kFactorBytes && kRoom.slot == kStageBytes &&
                     kRoom.parts == kParts && kRoom.part == kPartBytes && kRoom.tile_scales == kScaleBytes &&
-                    kRoom.other >= kLeftBytes + kBarrierBytes,
+                    kRoom.other >= kHeadBytes + kLeftBytes + static_cast<int>(sizeof(FixedRow)) && sizeof(Head) <= kHeadBytes,
                 "the plan reckons with them");
 };
 
@@ -216,30 +227,22 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   const int first_row = (static_cast<int>(blockIdx.x) >> problem.cluster_log2) * ROWS;
   const int rows = min(ROWS, static_cast<int>(y.m) - first_row);
   const int first_n = problem.tiles.first(range) * kWarpgroupColumns;
-  const int tiles = problem.tiles.first(range + 1) - problem.tiles.first(range);
-  const int first_unit = problem.units.first(rank), units = problem.units.first(rank + 1) - first_unit;
+  const int tiles = problem.tiles.count(range);
+  const int first_unit = problem.units.first(rank), units = problem.units.count(rank);
   const int k_group = warpgroup & (k_groups - 1), first_tile = warpgroup >> problem.k_groups_log2;
   const int tile_stride = kFixedGroups >> problem.k_groups_log2;
   const int senders = (blocks << problem.k_groups_log2) - 1, own_parts = (Kernel::kParts + blocks - 1) >> problem.cluster_log2;
 
   // The same places in all blocks of a cluster, which may differ by a unit.
   const int most_units = problem.units.most();
-  uint8_t* const numbers = dynamic_shared();
-  uint8_t* shared = numbers + most_units * Kernel::kUnitBytes;
-  uint8_t* const ring = shared + warpgroup * problem.slots * kStageBytes;
-  shared += kFixedGroups * problem.slots * kStageBytes;
-  int4* const received = reinterpret_cast<int4*>(shared);  // [tile][sender][own part][lane]
-  shared += tiles * senders * own_parts * Kernel::kPartBytes;
-  float* const scales = reinterpret_cast<float*>(shared);  // of the rows of w, then their biases
+  auto& head = *reinterpret_cast<typename Kernel::Head*>(dynamic_shared());
+  uint8_t* const numbers = dynamic_shared() + Kernel::kHeadBytes;
+  uint8_t* const rings = numbers + most_units * Kernel::kUnitBytes;
+  auto* const left = reinterpret_cast<typename Kernel::Left*>(rings + kFixedGroups * problem.slots * kStageBytes);
+  FixedRow* const factors = reinterpret_cast<FixedRow*>(reinterpret_cast<uint8_t*>(left) + Kernel::kLeftBytes);  // [unit][row]
+  float* const scales = reinterpret_cast<float*>(factors + (most_units * ROWS + 1) / 2 * 2);  // of the rows of w, then their biases
   float* const biases = scales + tiles * kWarpgroupColumns;
-  shared += tiles * Kernel::kScaleBytes;
-  FixedRow* const factors = reinterpret_cast<FixedRow*>(shared);  // [unit][row]
-  shared += most_units * Kernel::kFactorBytes;
-  auto* const left = reinterpret_cast<typename Kernel::Left*>(shared);
-  shared += Kernel::kLeftBytes;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(shared) + warpgroup * 2 * kFixedMostSlots;
-  uint64_t* const empty = full + kFixedMostSlots;
-  uint64_t* const sent = reinterpret_cast<uint64_t*>(shared) + kFixedGroups * 2 * kFixedMostSlots;  // of each tile: all senders have
+  int4* const received = reinterpret_cast<int4*>(biases + tiles * kWarpgroupColumns);  // [tile][sender][own part][lane]
 
   // What a lane of the copier copies, one after another, for its warpgroup: 64 rows of w at a time.
   struct Box {
@@ -253,95 +256,106 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     box.unit += k_groups;
     if (box.unit >= units) box.unit = lane & (k_groups - 1), box.tile += tile_stride;
   };
-  const bool adjacent = y.adjacent();
   auto at = [&](const Box& box) {
     const int byte = ((first_unit + box.unit) * kPieces + box.piece) * W::kStageRowBytes;
-    return weight_at(byte, first_n + box.tile * kWarpgroupColumns, 0, adjacent);
+    return weight_at(byte, first_n + box.tile * kWarpgroupColumns, 0, y.adjacent());
   };
 
+  // A team of warps makes the numbers of 8 rows of a unit, or fewer.
+  constexpr int kTurnRows = Kernel::kTurnRows, kTeams = Kernel::kTeams, kTeamWarps = Kernel::kTeamWarps, kTeamThreads = 32 * kTeamWarps;
+  constexpr int kUnitStep = kTeams / kEights;
+  const int team = threadIdx.x / kTeamThreads, eight = team % kEights, first_of_team = team / kEights;
+  uint8_t* const own_numbers = numbers + eight * (W::kByBits ? Kernel::kEightBytes : 8 * 128);
+
   // One lane of each warp, of whose barriers all lanes know the place: for places that differ the compiler makes a loop over the lanes.
-  if (warpgroup < kFixedGroups) {
-    if (lane == 0) {
-#pragma unroll
-      for (int slot = warp; slot < kFixedMostSlots; slot += 4) {
-        if (slot >= problem.slots) break;
-        barrier_init(&full[slot], 1);  // the copier, and the bytes
-        barrier_init(&empty[slot], kWarpgroup / 32);
-      }
-      const int owned = (Kernel::kParts - rank + blocks - 1) >> problem.cluster_log2;
+  auto make_barriers = [&] {
+    if (lane != 0) return;
 #pragma unroll 1
-      for (int tile = warpgroup * 4 + warp; tile < tiles; tile += kFixedGroups * 4) {
-        barrier_init(&sent[tile], 1 + owned * (k_groups - 1) * 32);  // this thread, and lanes of this block; the bytes of others
-        barrier_expect(&sent[tile], owned * (senders - (k_groups - 1)) * Kernel::kPartBytes);
-      }
-      barrier_init_fence();
+    for (int slot = warp; slot < problem.slots; slot += 4) {
+      barrier_init(&head.full[warpgroup][slot], 1);  // the copier, and the bytes
+      barrier_init(&head.empty[warpgroup][slot], kWarpgroup / 32);
     }
-  } else {
+    const int owned = (Kernel::kParts - rank + blocks - 1) >> problem.cluster_log2;
+#pragma unroll 1
+    for (int tile = warpgroup * 4 + warp; tile < tiles; tile += kFixedGroups * 4) {
+      barrier_init(&head.sent[tile], 1 + owned * (k_groups - 1) * 32);  // this thread, and lanes of this block; the bytes of others
+      barrier_expect(&head.sent[tile], owned * (senders - (k_groups - 1)) * Kernel::kPartBytes);
+    }
+    barrier_init_fence();
+  };
+  auto barriers_are_made = [&] {
+    __syncthreads();
+    if (blocks > 1) cluster_arrive_relaxed();
+  };
+
+  // Where a is first: wait, ask for a, make barriers, ask for w. Else: make barriers, wait, ask for both.
+  launch_dependents();  // at once: up to 0.3 us faster here
+  const bool copies = warpgroup == kFixedGroups;
+  if (copies) {
     if (lane == 0) prefetch_tensor_map(&w_map);
     // Whatever the kernel before this one still writes, goes through the second cache.
     Box box = first_box();
     for (int i = 0; i < Kernel::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch_5d(&w_map, at(box).at);
+  } else if (!Kernel::kAFirst) {
+    make_barriers();
   }
-  __syncthreads();
-  if (blocks > 1) cluster_arrive_relaxed();
-  launch_dependents();  // at once: up to 0.3 us faster here
-  wait_for_prerequisites();
+  if (!Kernel::kAFirst) barriers_are_made();
+  if (copies) {
+    wait_for_prerequisites();
+  } else {
+    // a: 64 columns of 8 rows are side by side, swizzled.
+    constexpr int kChunks = W::kUnitColumns / 8;  // neighbouring threads: neighbouring columns
+    const int thread = threadIdx.x % kTeamThreads, row = thread / kChunks, chunk = thread % kChunks;
+    const int m = eight * 8 + row, first_column = (first_unit + first_of_team) * W::kUnitColumns + chunk * 8;
+    const int64_t row_bytes = 2 * static_cast<int64_t>(problem.k);
+    const uint8_t* source = problem.x + (first_row + m) * row_bytes + 2 * first_column;
+    int columns_left = problem.k - first_column;
+    int place = first_of_team * Kernel::kUnitBytes + chunk / 8 * Kernel::kBlockBytes + row * 128 + (chunk % 8 ^ row) * 16;
+    settle(source), settle(place);
+    wait_for_prerequisites();
+#pragma unroll 1
+    for (int unit = first_of_team; unit < units; unit += kUnitStep) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int down = i * kTeamThreads / kChunks, right = i * kTeamThreads % kChunks;  // from the first copy on: rows and chunks
+        cp_async_16(own_numbers + (place ^ down * 16) + down * 128 + right / 8 * Kernel::kBlockBytes,
+                    source + down * row_bytes + right * 16, m + down < rows && columns_left > right * 8);
+      }
+      if (thread < kTurnRows) factors[unit * ROWS + eight * 8 + thread].part = 0;
+      source += kUnitStep * W::kUnitColumns * 2, place += kUnitStep * Kernel::kUnitBytes, columns_left -= kUnitStep * W::kUnitColumns;
+    }
+    cp_async_commit();
+    if (Kernel::kAFirst) make_barriers();
+  }
+  if (Kernel::kAFirst) barriers_are_made();
 
-  if (warpgroup == kFixedGroups) {
+  if (copies) {
     Box box = first_box();
     int slot = 0;
     uint32_t parity = 1;
-    uint8_t* const group_ring = ring + (lane - kFixedGroups) * problem.slots * kStageBytes;
-    uint64_t* const group_full = full + (lane - kFixedGroups) * 2 * kFixedMostSlots;
-    auto copy = [&] {
-      barrier_expect(&group_full[slot], kStageBytes);
-      tensor_load_5d(group_ring + slot * kStageBytes, &w_map, &group_full[slot], at(box).at);
+    const int served = lane % kFixedGroups;
+    uint8_t* const ring = rings + served * problem.slots * kStageBytes;
+    while (exists(box)) {
+      if (!barrier_test(&head.empty[served][slot], parity)) {
+        __nanosleep(20);  // asking takes turns from warps that multiply
+        continue;
+      }
+      barrier_expect(&head.full[served][slot], kStageBytes);
+      tensor_load_5d(ring + slot * kStageBytes, &w_map, &head.full[served][slot], at(box).at);
       if (++slot == problem.slots) slot = 0, parity ^= 1;
       step(box);
-    };
-    // Behind a ring of w, a would come up to 1 us later.
-    for (int i = 0; i < min(Kernel::kEarlySlots, problem.slots) && exists(box); ++i) copy();
-    __syncwarp();
-    named_barrier(2, 32 * Kernel::kTeamWarps + 32);  // a, of which the first team asks for its part, is on its way
-    while (exists(box)) {
-      if (barrier_test(&group_full[kFixedMostSlots + slot], parity)) {
-        copy();
-      } else {
-        __nanosleep(20);  // asking takes turns from warps that multiply
-      }
     }
     __syncwarp();
     if (blocks > 1) cluster_wait();
     return;
   }
 
-  // From a to numbers, in its place. A team of warps has 8 rows of a unit, or fewer, and a lane 32 columns of one of them.
-  constexpr int kTurnRows = Kernel::kTurnRows, kRowLanes = 32 / kTurnRows;
-  constexpr int kTeamWarps = Kernel::kTeamWarps, kTeamThreads = 32 * kTeamWarps, kTeams = Kernel::kTeams;
-  const int team = threadIdx.x / kTeamThreads, team_warp = threadIdx.x % kTeamThreads / 32, turns = units * kEights;
-  const int turn_row = lane % kTurnRows, place_in_row = team_warp * kRowLanes + lane / kTurnRows;
-  auto& team_left = left[team];
+  // From a to numbers, in its place. A lane has 32 columns of a row.
+  constexpr int kRowLanes = 32 / kTurnRows;
+  const int team_warp = threadIdx.x % kTeamThreads / 32, turn_row = lane % kTurnRows,
+            place_in_row = team_warp * kRowLanes + lane / kTurnRows;
   auto team_barrier = [&] { kTeamWarps == 1 ? __syncwarp() : named_barrier(2 + team, kTeamThreads); };
-  // Where a turn's 64 columns from 64 `block` on are.
-  auto place_of = [&](int turn, int block) {
-    const int unit = turn / kEights, eight = turn % kEights;
-    uint8_t* const place = numbers + unit * Kernel::kUnitBytes;
-    return W::kByBits ? place + eight * Kernel::kEightBytes + block * kTurnRows * 128 : place + (block * ROWS + eight * 8) * 128;
-  };
-  auto factors_of = [&](int turn) { return factors + turn / kEights * ROWS + turn % kEights * 8; };
-  for (int turn = team; turn < turns; turn += kTeams) {
-    const int thread = threadIdx.x % kTeamThreads;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      constexpr int kChunks = W::kUnitColumns / 8;  // neighbouring threads: neighbouring columns
-      const int row = (thread + i * kTeamThreads) / kChunks, chunk = (thread + i * kTeamThreads) % kChunks;
-      const int m = turn % kEights * 8 + row, column = (first_unit + turn / kEights) * W::kUnitColumns + chunk * 8;
-      cp_async_16(place_of(turn, chunk / 8) + row * 128 + (chunk % 8 ^ row) * 16,
-                  problem.x + 2 * (static_cast<int64_t>(first_row + m) * problem.k + column), m < rows && column < problem.k);
-    }
-    if (thread < kTurnRows) factors_of(turn)[thread].part = 0;
-  }
-  cp_async_commit();
+#pragma unroll 1
   for (int i = threadIdx.x; i < tiles * kWarpgroupColumns; i += kFixedGroups * kWarpgroup) {
     const bool exists = first_n + i < y.n;
     const int n = exists ? first_n + i : 0;
@@ -349,17 +363,21 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     if (y.bias != nullptr) cp_async_4(&biases[i], y.bias + n, exists);
   }
   cp_async_commit();
-  if (team == 0) named_barrier(2, kTeamThreads + 32);  // with the copier
   cp_async_wait<1>();
   team_barrier();
-  for (int turn = team; turn < turns; turn += kTeams) {
-    auto& largest = team_left.largest[turn / kTeams % 2][turn_row];
+  const int first_chunk = W::chunk(place_in_row / 4, place_in_row % 4);
+  const int place_in_unit = first_chunk / 8 * Kernel::kBlockBytes + turn_row * 128 + (first_chunk % 8 ^ turn_row) * 16;
+  bool odd_turn = false;
+#pragma unroll 1
+  for (int unit = first_of_team; unit < units; unit += kUnitStep, odd_turn = !odd_turn) {
+    auto& largest = left[team].largest[odd_turn][turn_row];
+    uint8_t* const own_unit = own_numbers + unit * Kernel::kUnitBytes;
     uint4 x[4] = {};
     uint32_t most = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int chunk = W::column(place_in_row / 4, place_in_row % 4, i) / 8;
-      x[i] = *reinterpret_cast<const uint4*>(place_of(turn, chunk / 8) + turn_row * 128 + (chunk % 8 ^ turn_row) * 16);
+      x[i] = *reinterpret_cast<const uint4*>(own_unit + (place_in_unit ^ W::chunk_step(i) % 8 * 16) +
+                                             W::chunk_step(i) / 8 * Kernel::kBlockBytes);
       const uint32_t low = __vmaxu2(x[i].x & 0x7FFF7FFFu, x[i].y & 0x7FFF7FFFu);
       const uint32_t high = __vmaxu2(x[i].z & 0x7FFF7FFFu, x[i].w & 0x7FFF7FFFu);
       most = __vmaxu2(most, __vmaxu2(low, high));
@@ -403,13 +421,12 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
 #pragma unroll
       for (int p = 0; p < 8; ++p) {
         const int row = p * kTurnRows + turn_row;
-        uint8_t* const place = place_of(turn, 0) + row * 128 + (place_in_row / 4 ^ row % 8) * 16 + place_in_row % 4 * 4;
+        uint8_t* const place = own_unit + row * 128 + (place_in_row / 4 ^ row % 8) * 16 + place_in_row % 4 * 4;
         *reinterpret_cast<uint32_t*>(place) = __byte_perm(words[0][p], words[1][p], 0x5410);
         *reinterpret_cast<uint32_t*>(place + 8 * kTurnRows * 128) = __byte_perm(words[0][p], words[1][p], 0x7632);
       }
     } else {
-      uint8_t* const place = numbers + turn / kEights * Kernel::kUnitBytes + team_warp * Kernel::kQuarterBytes +
-                             (turn % kEights * 8 + turn_row) * 128 + lane / 8 * 4;
+      uint8_t* const place = own_unit + team_warp * Kernel::kQuarterBytes + turn_row * 128 + lane / 8 * 4;
       int32_t high_sum = 0, low_sum = 0;
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
@@ -429,12 +446,15 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
 #pragma unroll
     for (int lanes = kTurnRows; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
     if (lane < kTurnRows) {
-      FixedRow& row = factors_of(turn)[lane];
+      FixedRow& row = factors[unit * ROWS + eight * 8 + lane];
       // A row with a NaN or an infinity has no step.
       if (team_warp == 0) row.step = magnitude <= kLargestFloat ? __uint_as_float((exponent - 14 - W::kShift) << 23) : NAN;
       atomicAdd(&row.part, (problem.add << W::kShift) * sum);
     }
   }
+
+  uint8_t* const ring = rings + warpgroup * problem.slots * kStageBytes;
+  const uint64_t ring_tiles = swizzled_tile(ring), number_tiles = swizzled_tile(numbers);
 
   // The words of four steps.
   using Words = uint32_t[4][4];
@@ -443,7 +463,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   uint32_t parity = 0;
   auto give_back = [&] {
     __syncwarp();
-    if (lane == 0) barrier_arrive(&empty[slot]);
+    if (lane == 0) barrier_arrive(&head.empty[warpgroup][slot]);
     if (++slot == problem.slots) slot = 0, parity ^= 1;
   };
   auto unpack = [&](Words& words, int quarter) {
@@ -453,7 +473,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
       for (int i = 0; i < 4; ++i) {
         const int step = (4 * quarter + i) % kPieceSteps;
         if (step == 0) {
-          barrier_wait(&full[slot], parity);
+          barrier_wait(&head.full[warpgroup][slot], parity);
           const uint8_t* const source = ring + slot * kStageBytes + (warp * 16 + group) * W::kStageRowBytes + t * 16;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -481,7 +501,8 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   last.index = -1;
   auto finish = [&] {
     if (last.index < 0 || k_group > 0) return;
-    if (senders > 0) barrier_wait(&sent[last.index], 0);
+    if (senders > 0) barrier_wait(&head.sent[last.index], 0);
+    const bool adjacent = y.adjacent();
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
       const int part = warp * kEights + j;
@@ -519,16 +540,16 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
         sums[j][c] += row.step * static_cast<float>(static_cast<int32_t>(problem.mul * product + row.part));
       };
       if constexpr (W::kByBits) {
-        barrier_wait(&full[slot], parity);
-        const uint64_t a_tile = swizzled_tile(ring + slot * kStageBytes);
+        barrier_wait(&head.full[warpgroup][slot], parity);
+        const uint64_t w_tile = ring_tiles + static_cast<uint32_t>(slot * (kStageBytes >> 4));
         // All bits of the numbers of 8 rows, or fewer, at a time. While they are added up, other warpgroups multiply.
 #pragma unroll
         for (int j = 0; j < kEights; ++j) {
-          const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes + j * Kernel::kEightBytes);
+          const uint64_t a_tile = number_tiles + static_cast<uint32_t>(unit * (Kernel::kUnitBytes >> 4) + j * (Kernel::kEightBytes >> 4));
           int32_t counts[8 * kTurnRows];
           wgmma_fence();
 #pragma unroll
-          for (int i = 0; i < 4; ++i) WgmmaBits::mma(counts, a_tile + 2 * i, b_tile + 2 * i, i != 0);
+          for (int i = 0; i < 4; ++i) WgmmaBits::mma(counts, w_tile + 2 * i, a_tile + 2 * i, i != 0);
           wgmma_commit();
           wgmma_wait<0>();
           wgmma_owned(counts);
@@ -551,12 +572,12 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
         }
       } else {
         int32_t accumulators[ROWS];
-        const uint64_t b_tile = swizzled_tile(numbers + unit * Kernel::kUnitBytes);
+        const uint64_t a_tile = number_tiles + static_cast<uint32_t>(unit * (Kernel::kUnitBytes >> 4));
         auto multiply = [&](int quarter, const Words& words) {
           wgmma_fence();
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            WgmmaInt8::mma(accumulators, words[i], b_tile + quarter * (Kernel::kQuarterBytes / 16) + 2 * i, (quarter | i) != 0);
+            WgmmaInt8::mma(accumulators, words[i], a_tile + quarter * (Kernel::kQuarterBytes / 16) + 2 * i, (quarter | i) != 0);
           }
           wgmma_commit();
           wgmma_wait<1>();  // the products before these
@@ -591,9 +612,9 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
       for (int c = 0; c < 4; ++c) words[c] = __float_as_int(sums[j][c]);
       if (owner == rank) {
         *target = make_int4(words[0], words[1], words[2], words[3]);
-        barrier_arrive(&sent[tile]);
+        barrier_arrive(&head.sent[tile]);
       } else {
-        store_async(owner, target, words, &sent[tile]);
+        store_async(owner, target, words, &head.sent[tile]);
       }
     }
     finish();
@@ -616,10 +637,10 @@ template <typename Mma, typename W, int ROWS>
 void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const FixedPlan& plan, cudaStream_t stream) {
   const int64_t m = problem.output.m, n = problem.output.n, k = problem.k;
   auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  auto log2 = [](int32_t power) { return power == 1 ? 0 : power == 2 ? 1 : power == 4 ? 2 : 3; };
+  auto log2 = [](int32_t power) -> uint8_t { return power == 1 ? 0 : power == 2 ? 1 : power == 4 ? 2 : 3; };
   problem.cluster_log2 = log2(plan.cluster);
   problem.k_groups_log2 = log2(plan.k_groups);
-  problem.slots = plan.slots;
+  problem.slots = static_cast<uint8_t>(plan.slots);
   problem.units = shares_of(up(k, W::kUnitColumns), plan.cluster);
   problem.tiles = shares_of(up(n, kFixedTileN), plan.ranges);
   const int64_t w_row_bytes = row_bytes(w.layout, k);

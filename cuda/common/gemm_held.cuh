@@ -199,7 +199,7 @@ __global__ __launch_bounds__(32 * WARPS,
   auto enter_tile = [&] { next.source = problem.w + static_cast<uint64_t>(next.n + group) * problem.w_row_bytes + t * 16; };
   auto enter_pass = [&] {
     const int first = problem.slices.first(next.pass);
-    next.active = next.pass < passes ? problem.slices.first(next.pass + 1) - first : 0;
+    next.active = next.pass < passes ? problem.slices.count(next.pass) : 0;
     next.byte = (first + member) * (W::kPieces * 64);
   };
   enter_tile();
@@ -247,7 +247,7 @@ __global__ __launch_bounds__(32 * WARPS,
   for (int pass = 0, n = first_n, tile = 0;;) {
     const bool ends = pass == passes;
     if (n == first_n && !ends) {
-      active = problem.slices.first(pass + 1) - problem.slices.first(pass);
+      active = problem.slices.count(pass);
       // a came with the first piece of all, or with the first of the pass before.
       const int pieces = (last_n - first_n) / stride * 2 * W::kPieces;  // at least
       if (pass == 0) {
@@ -269,8 +269,7 @@ __global__ __launch_bounds__(32 * WARPS,
         for (int i = 0; i < kHeldLaneColumns / 2; i += kOrdered) W::order(reinterpret_cast<uint32_t(&)[kOrdered]>(x[j][i]));
       }
       __syncwarp();
-      if (pass + 1 < passes && problem.slices.first(pass + 1) + member < problem.slices.first(pass + 2))
-        copy_x(problem.slices.first(pass + 1) + member);
+      if (pass + 1 < passes && member < problem.slices.count(pass + 1)) copy_x(problem.slices.first(pass + 1) + member);
     }
 
     float accumulators[kChains][TILES_M][4] = {};

@@ -88,6 +88,16 @@ __device__ __forceinline__ T* keep(T* pointer) {
   return pointer;
 }
 
+// The compiler is to have this value here, not to reckon it where it is used: before a wait, not behind it.
+template <typename T>
+__device__ __forceinline__ void settle(T& value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+}
+
 // Barrier `id` (1 ... 15) among `threads` threads of the block.
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 

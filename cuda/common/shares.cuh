@@ -10,6 +10,7 @@ namespace quest::cuda {
 struct Shares {
   int32_t least, more;
   __device__ __forceinline__ int first(int part) const { return part * least + min(part, more); }
+  __device__ __forceinline__ int count(int part) const { return least + (part < more ? 1 : 0); }
   __host__ __device__ __forceinline__ int32_t most() const { return least + (more > 0 ? 1 : 0); }
 };
 

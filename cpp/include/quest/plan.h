@@ -131,7 +131,7 @@ struct FixedRoom {
 constexpr FixedRoom fixed_room(bool one_bit, int32_t planes, int32_t rows) {
   const int32_t unit_columns = one_bit ? 1024 : 512, box_row = one_bit ? 128 : 64;
   return {unit_columns, rows * (2 * unit_columns + 8), kFixedTileN * box_row * planes, 4 * ((rows + 7) / 8), 512, 2 * kFixedTileN * 4,
-          1280};
+          1552};
 }
 
 // The product of real activations by a weight in its layout of plan_operands, as plan_tile for the families above.

@@ -31,6 +31,8 @@ template <typename T>
 T* keep(T* pointer) {
   return pointer;
 }
+template <typename T>
+void settle(T&) {}
 inline uint32_t load_shared_16(uint32_t address) { return load<uint16_t>(emulated::block->shared + address); }
 inline uint32_t load_shared_32(uint32_t address) { return load<uint32_t>(emulated::block->shared + address); }
 inline uint2 load_shared_64(uint32_t address) { return load<uint2>(emulated::block->shared + address); }
