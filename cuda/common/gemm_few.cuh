@@ -56,7 +56,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   int4* const given = reinterpret_cast<int4*>(reinterpret_cast<uint8_t*>(row_factors) + Tile::FACTORS_BYTES);
   int4* const sent = reinterpret_cast<int4*>(reinterpret_cast<uint8_t*>(given) + Tile::GIVEN_BYTES);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(sent) + Tile::SENT_BYTES);
-  const bool adjacent = problem.evens_first;
+  const bool adjacent = problem.output.epilogue.output.adjacent();
   StageRing<Tile> ring{shared, barriers, barriers + STAGES, problem.copied_bytes, adjacent};
   uint64_t* const all_sent = barriers + 2 * STAGES;
 
@@ -65,6 +65,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
   const int tile = static_cast<int>(blockIdx.x) >> paired;
   const int n_tile = problem.tiles_m == 1 ? tile : tile / problem.tiles_m;  // (a division takes a while, and the first copy waits for it)
   const int first_m = (tile - n_tile * problem.tiles_m) * BLOCK_M, tile_n = n_tile * Tile::BLOCK_N;
+  const int pairs = min(Tile::PAIRS, (static_cast<int>(problem.output.epilogue.output.m) - first_m + 15) / 16);
 
   // All groups have as many steps: what lies beyond K is zeros.
   Steps steps = problem.steps;
@@ -99,8 +100,6 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_few_kernel(const __grid
     }
   }
   __syncthreads();
-  // (Not before: y's parameters are in a later line.)
-  const int pairs = min(Tile::PAIRS, (static_cast<int>(problem.output.epilogue.output.m) - first_m + 15) / 16);
   if (paired) {
     cluster_arrive_relaxed();
     if (threadIdx.x == 0) barrier_expect(all_sent, (pairs + 1 - rank) / 2 * Tile::MULTIPLIERS * Tile::PART_BYTES);

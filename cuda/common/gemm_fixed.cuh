@@ -256,9 +256,10 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     box.unit += k_groups;
     if (box.unit >= units) box.unit = lane & (k_groups - 1), box.tile += tile_stride;
   };
+  const bool adjacent = y.adjacent();
   auto at = [&](const Box& box) {
     const int byte = ((first_unit + box.unit) * kPieces + box.piece) * W::kStageRowBytes;
-    return weight_at(byte, first_n + box.tile * kWarpgroupColumns, 0, y.adjacent());
+    return weight_at(byte, first_n + box.tile * kWarpgroupColumns, 0, adjacent);
   };
 
   // A team of warps makes the numbers of 8 rows of a unit, or fewer.
@@ -502,7 +503,6 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   auto finish = [&] {
     if (last.index < 0 || k_group > 0) return;
     if (senders > 0) barrier_wait(&head.sent[last.index], 0);
-    const bool adjacent = y.adjacent();
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
       const int part = warp * kEights + j;

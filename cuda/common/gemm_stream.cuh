@@ -84,6 +84,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
   constexpr int kTilesAtOnce = kStreamGroups / kStreamKGroups;
   const IntegerEpilogue& epilogue = problem.epilogue;
   const Output& y = epilogue.output;
+  const bool adjacent = y.adjacent();
   const int warpgroup = warpgroup_index(), warp = warp_index(), lane = threadIdx.x % 32;
 
   const int rank = static_cast<int>(blockIdx.x) % kStreamBlocks, range = static_cast<int>(blockIdx.x) / kStreamBlocks;
@@ -134,7 +135,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
     prefetch_tensor_map(&w_map);
     // While the kernel before this one ends. (More boxes, or none: 1 to 10 % slower.)
     for (int unit = 0; unit < min(kStreamKGroups, units); ++unit) {
-      tensor_prefetch_5d(&w_map, weight_at((first_unit + unit) * kStreamRowBytes, first_n, 0, y.adjacent()).at);
+      tensor_prefetch_5d(&w_map, weight_at((first_unit + unit) * kStreamRowBytes, first_n, 0, adjacent).at);
     }
   }
   __syncthreads();
@@ -143,7 +144,6 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
 
   if (warpgroup == kStreamGroups) {
     if (lane < kStreamGroups) {
-      const bool adjacent = y.adjacent();
       int tile = lane / kStreamKGroups, unit = lane % kStreamKGroups, slot = 0;
       uint32_t parity = 1;
       uint8_t* const group_ring = ring + (lane - kStreamGroups) * problem.slots * kStreamSlotBytes;
@@ -259,7 +259,6 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
     }
     if (before >= 0 && adder_of(before) == k_group) {
       barrier_wait(&sent[before], 0);
-      const bool adjacent = y.adjacent();
 #pragma unroll 1
       for (int j = 0; j < eights; ++j) {
         const int part = warp * eights + j;

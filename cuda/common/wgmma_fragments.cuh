@@ -28,7 +28,6 @@ struct WgmmaProblem {
   int32_t tiles_m, clusters_n;  // of the tile's rows of y, of the cluster's columns
   uint32_t copied_bytes;        // to a stage of a block
   int32_t paired;               // FewTile: 1 if two thread blocks share a tile along K, else 0
-  bool evens_first;             // FewTile: Output::adjacent, and so weight_map's order of rows
   // And the others.
   uint32_t flip;                  // ByteFragments
   uint4 table;                    // TableFragments

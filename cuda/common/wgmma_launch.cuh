@@ -42,12 +42,11 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
   // multiplied, but no row of y is made of it.)
   const auto a_rows = static_cast<uint32_t>(std::min<int64_t>(block_m / Tile::CLUSTER, (m + 7) / 8 * 8));
   problem.copied_bytes = Tile::W_BYTES + Tile::CLUSTER * a_rows * kStepRowBytes;
-  problem.evens_first = Tile::ORDERS_ROWS && output.adjacent();
   WgmmaMaps maps{};
   maps.a = matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.data, a_row_bytes, m, problem.steps.a_planes, a_row_bytes,
                       {kStepRowBytes, a_rows, CU_TENSOR_MAP_SWIZZLE_128B});
   auto rows_map = [&](const void* data, int64_t planes, int64_t row_bytes, Box box) {
-    return Tile::ORDERS_ROWS ? weight_map(op, data, n, planes, row_bytes, box, problem.evens_first)
+    return Tile::ORDERS_ROWS ? weight_map(op, data, n, planes, row_bytes, box, output.adjacent())
                              : matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data, row_bytes, n, planes, row_bytes, box);
   };
   maps.w = rows_map(w.data, problem.steps.w_planes, w_row_bytes, {kRowBytes, Tile::BLOCK_N, w_swizzle});

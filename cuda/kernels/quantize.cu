@@ -352,17 +352,15 @@ enum class CodeKind : int32_t { kNibble, kTwoBits, kBit, kAny };
 
 // The registers hold x_h/gain: what the rotation multiplies by is part of the factors that follow it.
 struct BlocksProblem {
-  // What most launches need, in the first lines of a kernel's parameters: each line takes its time to come. Loads need the first, and
-  // early_rows, which is looked at before them, brings the second.
+  // What most launches need, in the first lines of a kernel's parameters: each line takes its time to come.
   const uint8_t* x;
   uint8_t* codes;
   float* scale;
   int32_t* code_sum;
   uint8_t* mask;  // or nullptr
   int32_t rows;
-  int32_t blocks;      // of a row
-  int32_t early_rows;  // of the thread blocks that start first
-  float mean_factor;   // from the sum of squares that registers give to their mean over K
+  int32_t blocks;     // of a row
+  float mean_factor;  // from the sum of squares that registers give to their mean over K
   float scale_factor, scale_epsilon;
   float gain_over_steps;
   float limit_factor, limit_add;  // of the mask, in registers' units: limit_factor sigma + limit_add
@@ -758,10 +756,12 @@ __device__ __forceinline__ void load_chunks(RawChunk<DTYPE> (&chunks)[4], const 
 // 56 registers: fewer do not hold the 32 values, their addresses and what a row needs; with 64 fewer warps would cover the time that loads
 // take. (Two groups of 8 blocks a warp share more of the work that is not per value, but half as many warps cost as much as that saves.)
 constexpr int kBlocksRegisters = 56, kNormRegisters = 64;  // rms_norm also holds its weight
-constexpr int kBlocksWarps = 36;                           // of a multiprocessor, with kBlocksRegisters each
 
-// A row a thread block, or short rows a warp each.
-template <DType DTYPE, bool ROTATE, PrologueKind PROLOGUE>
+constexpr int kBlocksWarps = 36;  // of a multiprocessor, with kBlocksRegisters each
+
+// A row a thread block, or short rows a warp each. PREFETCHES: rows go to the second cache while the kernel before this one ends. (Not
+// where there are many: 25 instructions of 460, most of which come when that has ended.)
+template <DType DTYPE, bool ROTATE, PrologueKind PROLOGUE, bool PREFETCHES>
 __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
                            ? kNormRegisters
                            : kBlocksRegisters) void quantize_blocks_kernel(const __grid_constant__ BlocksProblem problem) {
@@ -775,11 +775,10 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
   const RowBlock block{row, row * blocks + in_row, own_row == row, own_row == row && own_block == in_row};
 
 #ifdef QUEST_SM90A
-  // To the second cache, while the kernel before this one ends: what that writes goes through it.
-  constexpr uint32_t kBlockBytes = (PROLOGUE == PrologueKind::kSiluMul ? 2 : 1) * (kQuadBlock / kChunk) * Raw::kBytes;
-  const uint32_t row_bytes = blocks * kBlockBytes;
-  if (threadIdx.x == 0 && own_row < static_cast<uint32_t>(problem.early_rows))
+  if (PREFETCHES && threadIdx.x == 0) {
+    const uint32_t row_bytes = blocks * ((PROLOGUE == PrologueKind::kSiluMul ? 2 : 1) * (kQuadBlock / kChunk) * Raw::kBytes);
     bulk_prefetch(problem.x + uint64_t{row} * row_bytes, row_bytes);
+  }
 #endif
   wait_for_prerequisites();
   Raw raw[4];
@@ -886,9 +885,6 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   blocks.stored_add = ((grid.stored_add + 0x80u) & 0xFFu) * 0x01010101u;
 
   const int warps = (blocks.blocks + kWarpBlocks - 1) / kWarpBlocks;
-  // (Those of all thread blocks: no faster.)
-  blocks.early_rows =
-      device.hopper_code ? static_cast<int32_t>(std::min<int64_t>(problem.rows, device.sm_count * (kBlocksWarps / warps))) : 0;
   // In one dimension (hadamard_tensor_cores). A row a thread block: rows then finish, and others start, without waiting. Only rows of one
   // warp share a block, since a multiprocessor holds fewer blocks than such rows; not where that would leave multiprocessors idle.
   int block_rows = warps == 1 ? 8 : 1;
@@ -899,18 +895,24 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   // 512 rows of 2048 3.9 instead of 2.)
   const int64_t shared =
       device.hopper_code ? plan_spread_bytes(thread_blocks.x, warps * block_rows, device.sm_count, device.shared_bytes) : 0;
+  constexpr int64_t kPrefetchedWaves = 2;
+  const bool prefetches =
+      device.hopper_code && int64_t{thread_blocks.x} * warps * block_rows <= kPrefetchedWaves * device.sm_count * kBlocksWarps;
   with_dtype(problem.dtype, [&](auto type) {
     auto run = [&](auto kernel) {
       launch_with({1, device.hopper_code}, op, kernel, thread_blocks, threads, static_cast<size_t>(shared), stream, blocks);
     };
-    switch (prologue) {
-      case PrologueKind::kNone:
-        rotate ? run(quantize_blocks_kernel<type(), true, PrologueKind::kNone>)
-               : run(quantize_blocks_kernel<type(), false, PrologueKind::kNone>);
-        break;
-      case PrologueKind::kRmsNorm: run(quantize_blocks_kernel<type(), true, PrologueKind::kRmsNorm>); break;
-      case PrologueKind::kSiluMul: run(quantize_blocks_kernel<type(), true, PrologueKind::kSiluMul>); break;
-    }
+    auto run_with = [&](auto prefetch) {
+      switch (prologue) {
+        case PrologueKind::kNone:
+          rotate ? run(quantize_blocks_kernel<type(), true, PrologueKind::kNone, prefetch()>)
+                 : run(quantize_blocks_kernel<type(), false, PrologueKind::kNone, prefetch()>);
+          break;
+        case PrologueKind::kRmsNorm: run(quantize_blocks_kernel<type(), true, PrologueKind::kRmsNorm, prefetch()>); break;
+        case PrologueKind::kSiluMul: run(quantize_blocks_kernel<type(), true, PrologueKind::kSiluMul, prefetch()>); break;
+      }
+    };
+    prefetches ? run_with(std::true_type()) : run_with(std::false_type());
   });
   return true;
 }

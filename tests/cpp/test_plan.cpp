@@ -39,6 +39,9 @@ TEST(Plan, FixedPointNumbers) {
   for (const auto& [m, expected] : rows) EXPECT_EQ(plan(bit, m, 4096, 4096).rows, expected) << m;
   EXPECT_EQ(plan(nibble, 1, 12288, 4096).rows, 8);
   EXPECT_EQ(plan(nibble, 9, 12288, 4096).rows, 16);
+  // Where blocks need several waves, all are alike: 8 groups of rows in clusters of 4 blocks, of which 30 are there at once.
+  EXPECT_EQ(plan(bit, 128, 4096, 11008).cluster, 4);
+  EXPECT_EQ(plan(bit, 128, 4096, 11008).ranges, 2 * 30 / 8);
 
   struct Format {
     Grid grid;
