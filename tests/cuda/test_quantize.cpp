@@ -339,6 +339,36 @@ TEST_F(Quantize, ProloguesOfRowsWithoutNumbers) {
   }
 }
 
+// More than two waves of thread blocks have kernels that do not prefetch (on a GPU of up to 132 multiprocessors): a row is the same,
+// whatever the number of rows.
+TEST_F(Quantize, ManyRowsAsFew) {
+  Random random(11);
+  constexpr int64_t kRows = 9601, kFew = 37, kK = 128;
+  for (const DType dtype : testing::kDTypes) {
+    auto check = [&](const char* text, PrologueKind kind) {
+      SCOPED_TRACE(concat(text, ", dtype ", static_cast<int>(dtype), ", prologue ", to_string(kind)));
+      const Quantizer quantizer = parse_quantizer(text);
+      const Input input = Input::of(kind, random, dtype, kK);
+      const std::vector<uint8_t> x = testing::to_dtype(random.normals(kRows * input_width(kind, kK)), dtype);
+      const Result many = quantize_gpu(quantizer, Layout::kPacked, x, dtype, kRows, kK, 0, input);
+      const int64_t x_row = input_width(kind, kK) * element_size(dtype), codes_row = packed_row_bytes(kK), mask_row = plane_row_bytes(kK);
+      for (const int64_t first : {int64_t{0}, kRows - kFew}) {
+        auto rows_of = [&](const auto& all, int64_t width) {
+          return std::decay_t<decltype(all)>(all.begin() + first * width, all.begin() + (first + kFew) * width);
+        };
+        const Result few = quantize_gpu(quantizer, Layout::kPacked, rows_of(x, x_row), dtype, kFew, kK, 0, input);
+        EXPECT_TRUE(bitwise_equal(few.codes, rows_of(many.codes, codes_row), codes_row));
+        EXPECT_TRUE(bitwise_equal(few.mask, rows_of(many.mask, mask_row), mask_row));
+        EXPECT_TRUE(bitwise_equal(few.scale, rows_of(many.scale, 1), 1));
+        EXPECT_TRUE(bitwise_equal(few.code_sum, rows_of(many.code_sum, 1), 1));
+      }
+    };
+    check("int4-hadamard-trust", PrologueKind::kNone);
+    check("int4-none-trust", PrologueKind::kNone);
+    for (const PrologueKind kind : kPrologueKinds) check("int4-hadamard-trust", kind);
+  }
+}
+
 TEST_F(Quantize, ProloguesInACapturedGraph) {
   Random random(11);
   const Quantizer quantizer = parse_quantizer("int4-hadamard-trust");
