@@ -59,8 +59,8 @@ struct Arena {
   Arena& operator=(const Arena&) = delete;
 };
 
-// What follows so many bytes of a buffer is as aligned as the buffer.
-inline int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+// Of sizes, so that what follows in the same buffer is as aligned as the buffer.
+inline constexpr int64_t kAlignment = 256;
 
 // Buffers of `bytes` that fit both arenas and are in flight together.
 inline int buffer_count(double bytes) {

@@ -169,8 +169,8 @@ void bench_shape(const std::string& name, const Grid* a_grid, Grid w_grid, Spars
   if (operands.family == GemmFamily::kPlanes) product = cuda::gemm_planes, host_product = gemm_planes, operations_a_cycle = 65536;
   if (operands.family == GemmFamily::kSparse) product = cuda::gemm_sparse, host_product = gemm_sparse, operations_a_cycle = 16384;
   if (a_grid == nullptr) operations_a_cycle = 4096;
-  const int64_t w_bytes = stored_bytes(w_grid, sparsity, operands.w, n, k), y_bytes = round_up_256(m * n * 2);
-  const int64_t a_bytes = a_grid != nullptr ? stored_bytes(*a_grid, Sparsity::kNone, operands.a, m, k) : round_up_256(m * k * 2);
+  const int64_t w_bytes = stored_bytes(w_grid, sparsity, operands.w, n, k), y_bytes = round_up(m * n * 2, kAlignment);
+  const int64_t a_bytes = a_grid != nullptr ? stored_bytes(*a_grid, Sparsity::kNone, operands.a, m, k) : round_up(m * k * 2, kAlignment);
   const int copies = std::min(buffer_count(static_cast<double>(w_bytes + a_bytes + y_bytes)), 64);
   const Codes w(arena, w_grid, sparsity, operands.w, n, k, copies);
   std::optional<Codes> a;

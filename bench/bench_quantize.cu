@@ -31,12 +31,14 @@ struct Case {
   int64_t input_bytes() const { return rows * k * element_size(dtype); }
   int64_t code_bytes() const { return rows * row_bytes(layout, k) * (layout == Layout::kPlanes ? quantizer.grid.bits : 1); }
   int64_t mask_bytes() const { return rows * plane_row_bytes(k); }
-  int64_t output_bytes() const { return round_up_256(code_bytes()) + round_up_256(mask_bytes()) + 2 * round_up_256(4 * rows); }
+  int64_t output_bytes() const {
+    return round_up(code_bytes(), kAlignment) + round_up(mask_bytes(), kAlignment) + 2 * round_up(4 * rows, kAlignment);
+  }
 
   QuantizeOutput output(uint8_t* base) const {
-    uint8_t* mask = base + round_up_256(code_bytes());
-    uint8_t* scale = mask + round_up_256(mask_bytes());
-    return {base, reinterpret_cast<float*>(scale), reinterpret_cast<int32_t*>(scale + round_up_256(4 * rows)), mask, nullptr};
+    uint8_t* mask = base + round_up(code_bytes(), kAlignment);
+    uint8_t* scale = mask + round_up(mask_bytes(), kAlignment);
+    return {base, reinterpret_cast<float*>(scale), reinterpret_cast<int32_t*>(scale + round_up(4 * rows, kAlignment)), mask, nullptr};
   }
   std::string shape() const { return std::to_string(rows) + "x" + std::to_string(k); }
 };
@@ -71,7 +73,7 @@ void check_result(const Case& timed, const Arena& arena) {
 void bench_case(const std::string& name, const Case& timed, const Arena& arena) {
   check_result(timed, arena);
   const double bytes = static_cast<double>(timed.input_bytes() + timed.code_bytes() + timed.mask_bytes() + 8 * timed.rows);
-  const int64_t stride = round_up_256(std::max(timed.input_bytes(), timed.output_bytes()));
+  const int64_t stride = round_up(std::max(timed.input_bytes(), timed.output_bytes()), kAlignment);
   const int buffers = buffer_count(static_cast<double>(stride));
   const Times copy = time_copy(arena, bytes);
   const Times times = time_launches(
@@ -87,7 +89,7 @@ void bench_case(const std::string& name, const Case& timed, const Arena& arena) 
 void bench_backward(const Arena& arena, int64_t k) {
   const Quantizer quantizer = parse_quantizer("int4-hadamard-trust");
   const int64_t bytes = kRows * k * 2, mask_bytes = kRows * plane_row_bytes(k);
-  const int64_t stride = round_up_256(bytes) + round_up_256(mask_bytes);
+  const int64_t stride = round_up(bytes, kAlignment) + round_up(mask_bytes, kAlignment);
   const int buffers = buffer_count(static_cast<double>(stride));
   // The mask: whatever bits follow the gradient in the arena. Rows of the check are the first ones.
   auto launch = [&](cudaStream_t stream, int64_t offset, int64_t rows) {

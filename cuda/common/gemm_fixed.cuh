@@ -38,6 +38,7 @@
 #include "common/shares.cuh"
 #include "common/wgmma.cuh"
 #include "common/wgmma_epilogue.cuh"
+#include "quest/packing.h"
 #include "quest/plan.h"
 
 namespace quest::cuda {
@@ -198,7 +199,7 @@ struct FixedKernel {
   struct Left {
     alignas(8) uint16_t largest[2][kTurnRows][kTeamWarps];
   };
-  static constexpr int kLeftBytes = (kTeams * static_cast<int>(sizeof(Left)) + 15) / 16 * 16;
+  static constexpr int kLeftBytes = static_cast<int>(round_up(kTeams * sizeof(Left), 16));
   // What has a place that the compiler knows.
   struct Head {
     uint64_t full[kFixedGroups][kFixedMostSlots], empty[kFixedGroups][kFixedMostSlots];

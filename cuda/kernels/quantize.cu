@@ -895,7 +895,7 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   // 512 rows of 2048 3.9 instead of 2.)
   const int64_t shared =
       device.hopper_code ? plan_spread_bytes(thread_blocks.x, warps * block_rows, device.sm_count, device.shared_bytes) : 0;
-  constexpr int64_t kPrefetchedWaves = 2;
+  constexpr int64_t kPrefetchedWaves = 2;  // 4096 rows of 2048 values are 1.7 on an H200, and gain; 16384 lose
   const bool prefetches =
       device.hopper_code && int64_t{thread_blocks.x} * warps * block_rows <= kPrefetchedWaves * device.sm_count * kBlocksWarps;
   with_dtype(problem.dtype, [&](auto type) {

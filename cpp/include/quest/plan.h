@@ -126,7 +126,7 @@ struct FixedRoom {
   int32_t unit_columns;
   int32_t unit, slot;                // numbers of a, with 8 bytes of factors a row; a box of w
   int32_t parts, part, tile_scales;  // a tile's sums are so many parts, of a warp and 8 rows each; its scales and biases
-  int32_t other;                     // at most
+  int32_t other;                     // at most: 1024 for barriers, 512 for the largest magnitudes, 8 to align, in all a multiple of 16
 };
 constexpr FixedRoom fixed_room(bool one_bit, int32_t planes, int32_t rows) {
   const int32_t unit_columns = one_bit ? 1024 : 512, box_row = one_bit ? 128 : 64;
