@@ -110,11 +110,6 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Bytes of global memory to the second cache: multiples of 16, from a multiple of 16 on.
-__device__ __forceinline__ void bulk_prefetch(const void* global, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 // The box at (column, row, plane) of a tensor to the second cache.
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row, int plane) {
   asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(column), "r"(row), "r"(plane) : "memory");

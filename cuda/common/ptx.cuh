@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace quest::cuda {
 
@@ -81,6 +82,9 @@ __device__ __forceinline__ uint4 load_once(const void* global) {
   return words;
 }
 
+// The line of memory to the second cache.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }
+
 // A pointer that the compiler is to keep, not to reckon anew wherever it is used.
 template <typename T>
 __device__ __forceinline__ T* keep(T* pointer) {
@@ -91,11 +95,20 @@ __device__ __forceinline__ T* keep(T* pointer) {
 // The compiler is to have this value here, not to reckon it where it is used: before a wait, not behind it.
 template <typename T>
 __device__ __forceinline__ void settle(T& value) {
-  if constexpr (sizeof(T) == 8) {
+  if constexpr (std::is_same_v<T, float>) {
+    asm volatile("" : "+f"(value));
+  } else if constexpr (sizeof(T) == 8) {
     asm volatile("" : "+l"(value));
   } else {
     asm volatile("" : "+r"(value));
   }
+}
+
+// The same for a pointer to global memory, which the compiler still knows it to be.
+template <typename T>
+__device__ __forceinline__ void settle_global(T*& pointer) {
+  settle(pointer);
+  __builtin_assume(__isGlobal(pointer));
 }
 
 // Barrier `id` (1 ... 15) among `threads` threads of the block.
@@ -155,6 +168,21 @@ __device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
   uint2 words;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address) : "memory");
   return words;
+}
+
+// An addition to a word of shared memory by lane 0; gives what was there. (For atomicAdd by whatever lanes are here, the compiler finds out
+// which they are, adds up their values and shares what comes back: some 150 cycles. It does not where they may differ.)
+__device__ __forceinline__ uint32_t shared_add(uint32_t* shared, uint32_t value) {
+  uint32_t before;
+  asm volatile(
+      "{\n.reg .b32 lane, sum;\n"
+      "mov.u32 lane, %%laneid;\n"
+      "add.u32 sum, %2, lane;\n"
+      "atom.shared.add.u32 %0, [%1], sum;\n}"
+      : "=r"(before)
+      : "r"(shared_address(shared)), "r"(value)
+      : "memory");
+  return before;
 }
 
 // ---- neighbours in a stream (programmatic dependent launch, sm_90)

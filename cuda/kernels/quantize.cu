@@ -727,30 +727,37 @@ __device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, co
     if (block.exists) *reinterpret_cast<uint32_t*>(problem.mask + (uint64_t{block.index} * 16 + gathered_byte())) = mask;
   }
   uint32_t code_sum = 0;
-  switch (problem.code_kind) {
-    case CodeKind::kNibble: code_sum = write_nibbles(problem, x, slope, all, block.index, block.exists); break;
-    case CodeKind::kTwoBits: code_sum = write_two_planes(problem, x, slope, all, block.index, block.exists); break;
-    case CodeKind::kBit: code_sum = write_bits(problem, x, scale * problem.boundary_factor, all, block.index, block.exists); break;
-    case CodeKind::kAny: code_sum = write_codes(problem, x, slope, all, block.index, block.exists); break;
+  if (problem.code_kind == CodeKind::kNibble) {  // (A switch becomes a table in memory: 140 cycles.)
+    code_sum = write_nibbles(problem, x, slope, all, block.index, block.exists);
+  } else if (problem.code_kind == CodeKind::kBit) {
+    code_sum = write_bits(problem, x, scale * problem.boundary_factor, all, block.index, block.exists);
+  } else if (problem.code_kind == CodeKind::kTwoBits) {
+    code_sum = write_two_planes(problem, x, slope, all, block.index, block.exists);
+  } else {
+    code_sum = write_codes(problem, x, slope, all, block.index, block.exists);
   }
+  if (block.exists && threadIdx.x == 0) problem.scale[block.row] = finite ? scale : NAN;
 
   // The last warp that arrives has the row's sum.
   code_sum = __reduce_add_sync(0xFFFFFFFFu, block.exists ? code_sum : 0);
   if (threadIdx.x % kWarpSize == 0) {
-    const uint32_t before = warps > 1 ? atomicAdd(&sums.codes, code_sum + kArrival) : 0;
-    if (block.exists && threadIdx.x == 0) problem.scale[block.row] = finite ? scale : NAN;
+    const uint32_t before = warps > 1 ? shared_add(&sums.codes, code_sum + kArrival) : 0;
     const bool last = before / kArrival == static_cast<uint32_t>(warps - 1);
     if (block.row_exists && last) problem.code_sum[block.row] = static_cast<int32_t>(before % kArrival + code_sum);
   }
 }
 
-// This lane's chunks of block `at`.
+// This lane's chunks of block `at`: two, and two that begin kFurtherChunks after them.
+constexpr int kFurtherChunks = kQuadBlock / kChunk / 2;
 template <DType DTYPE>
-__device__ __forceinline__ void load_chunks(RawChunk<DTYPE> (&chunks)[4], const uint8_t* base, uint64_t at) {
+__device__ __forceinline__ const uint8_t* chunks_at(const uint8_t* base, uint64_t at) {
+  return base + (at * (kQuadBlock / kChunk) + threadIdx.x % 4 * 2) * RawChunk<DTYPE>::kBytes;
+}
+template <DType DTYPE>
+__device__ __forceinline__ void load_chunks(RawChunk<DTYPE> (&chunks)[4], const uint8_t* source) {
   constexpr int kBytes = RawChunk<DTYPE>::kBytes;
-  const uint8_t* const source = base + (at * (kQuadBlock / kChunk) + threadIdx.x % 4 * 2) * kBytes;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) chunks[i].load(source + (i / 2 * 8 + i % 2) * kBytes);
+  for (int i = 0; i < 4; ++i) chunks[i].load(source + (i / 2 * kFurtherChunks + i % 2) * kBytes);
 }
 
 // 56 registers: fewer do not hold the 32 values, their addresses and what a row needs; with 64 fewer warps would cover the time that loads
@@ -759,8 +766,8 @@ constexpr int kBlocksRegisters = 56, kNormRegisters = 64;  // rms_norm also hold
 
 constexpr int kBlocksWarps = 36;  // of a multiprocessor, with kBlocksRegisters each
 
-// A row a thread block, or short rows a warp each. PREFETCHES: rows go to the second cache while the kernel before this one ends. (Not
-// where there are many: 25 instructions of 460, most of which come when that has ended.)
+// A row a thread block, or short rows a warp each. PREFETCHES: rows go to the second cache while the kernel before this one ends, where
+// there are so few that no other warps cover the time that they take to come.
 template <DType DTYPE, bool ROTATE, PrologueKind PROLOGUE, bool PREFETCHES>
 __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
                            ? kNormRegisters
@@ -774,35 +781,34 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
   const uint32_t blocks = static_cast<uint32_t>(problem.blocks);
   const RowBlock block{row, row * blocks + in_row, own_row == row, own_row == row && own_block == in_row};
 
-#ifdef QUEST_SM90A
-  if (PREFETCHES && threadIdx.x == 0) {
-    const uint32_t row_bytes = blocks * ((PROLOGUE == PrologueKind::kSiluMul ? 2 : 1) * (kQuadBlock / kChunk) * Raw::kBytes);
-    bulk_prefetch(problem.x + uint64_t{row} * row_bytes, row_bytes);
+  constexpr bool kGated = PROLOGUE == PrologueKind::kSiluMul;
+  const uint8_t* source = chunks_at<DTYPE>(problem.x, kGated ? uint64_t{block.index} + row * blocks : block.index);
+  const uint64_t up_distance = uint64_t{blocks} * (kQuadBlock / kChunk * Raw::kBytes);
+  if constexpr (PREFETCHES) {
+    settle_global(source);  // reckoned here, not behind the wait
+    constexpr int kFurtherBytes = kFurtherChunks * Raw::kBytes;
+    prefetch(source), prefetch(source + kFurtherBytes);
+    if (kGated) prefetch(source + up_distance), prefetch(source + up_distance + kFurtherBytes);
   }
-#endif
   wait_for_prerequisites();
   Raw raw[4];
-  if constexpr (PROLOGUE == PrologueKind::kNone) {
-    load_chunks(raw, problem.x, block.index);
-  } else if constexpr (PROLOGUE == PrologueKind::kSiluMul) {
+  load_chunks(raw, source);
+  if constexpr (kGated) {
     Raw up[4];
-    const uint64_t gate = uint64_t{block.index} + row * blocks;
-    load_chunks(raw, problem.x, gate);
-    load_chunks(up, problem.x, gate + blocks);
+    load_chunks(up, source + up_distance);
 #pragma unroll
     for (int i = 0; i < 4; ++i) silu_mul(raw[i], up[i]);
-  } else {
+  } else if constexpr (PROLOGUE == PrologueKind::kRmsNorm) {
     // The weight is on its way while the row is summed, where registers hold both.
     constexpr bool kLoadsAhead = DTYPE != DType::kFloat32;
     Raw weight[4];
-    load_chunks(raw, problem.x, block.index);
-    if constexpr (kLoadsAhead) load_chunks(weight, problem.norm_weight, in_row);
+    if constexpr (kLoadsAhead) load_chunks(weight, chunks_at<DTYPE>(problem.norm_weight, in_row));
     __shared__ WarpSums input_squares;
     float values[kQuadValues];
 #pragma unroll
     for (int i = 0; i < 4; ++i) raw[i].to_floats(values + i * kChunk);
     const float squares = sum_over_warps(sum_over_warp(block.exists ? sum_of_squares(values) : 0.0f), input_squares, warps);
-    if constexpr (!kLoadsAhead) load_chunks(weight, problem.norm_weight, in_row);
+    if constexpr (!kLoadsAhead) load_chunks(weight, chunks_at<DTYPE>(problem.norm_weight, in_row));
     const float factor = norm_factor(squares, problem.one_over_k, problem.norm_epsilon);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -815,6 +821,8 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
     }
   }
   launch_dependents();
+  float second_line = problem.mean_factor;  // of the parameters: it comes while x does, not when the row has been summed
+  settle(second_line);
   quantize_loaded<DTYPE, ROTATE>(problem, raw, block, sums, warps);
 }
 

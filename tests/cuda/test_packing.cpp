@@ -1,12 +1,11 @@
-// pack and unpack on the GPU against the CPU's: equal bytes, padding included.
-#include "gpu.h"
-#include "quest/cuda/packing.h"
-#include "quest/grid.h"
+// pack and unpack on the GPU against the CPU's.
+#include "rows.h"
 
 namespace quest {
 namespace {
 
 using testing::bitwise_equal;
+using testing::check_packing;
 using testing::error_text;
 using testing::OnDevice;
 using testing::Random;
@@ -19,17 +18,7 @@ TEST_F(Packing, EqualsTheCpuAndReturns) {
     for (const Layout layout : {Layout::kPacked, Layout::kPlanes}) {
       if (layout == Layout::kPacked && grid.bits > 4) continue;
       for (const int64_t k : {1, 7, 8, 31, 128, 257, 1000}) {
-        const int64_t rows = 5;
-        const std::vector<uint8_t> codes = random.codes(rows * k, level_count(grid));
-        std::vector<uint8_t> expected(rows * row_bytes(layout, k) * (layout == Layout::kPlanes ? grid.bits : 1));
-        pack(grid, layout, codes.data(), expected.data(), rows, k, serial_for);
-        for (const int64_t offset : {0, 1}) {
-          const OnDevice<uint8_t> in(codes, offset), packed(static_cast<int64_t>(expected.size())), back(rows * k, offset);
-          cuda::pack(grid, layout, in.data(), packed.data(), rows, k, nullptr);
-          EXPECT_TRUE(bitwise_equal(expected, packed.host(), row_bytes(layout, k))) << to_string(grid) << ", k = " << k;
-          cuda::unpack(grid, layout, packed.data(), back.data(), rows, k, nullptr);
-          EXPECT_TRUE(bitwise_equal(codes, back.host(), k)) << to_string(grid) << ", k = " << k;
-        }
+        for (const int64_t offset : {0, 1}) check_packing(random, grid, layout, 5, k, offset);
       }
     }
   }

@@ -1,174 +1,31 @@
 // quantize, dequantize and quantize_backward on the GPU against the CPU's.
-//
-// quantize adds the squares of a row in another order than the CPU, and may add the values of a rotation in another order, so sigma and x_h
-// may differ in the last bits, and with them codes and mask bits whose x_h/s lies that close to a boundary: at most one in a thousand.
-// Everything else is equal to the bit, also between the layouts. A prologue's square root and exponential differ from the CPU's by some
-// 2^-22, so one value in thousands rounds to its neighbour in a 16-bit type: that moves few codes, but a short row's sigma.
 #include <algorithm>
 
-#include "gpu.h"
-#include "quest/cuda/quantize.h"
-#include "quest/grid.h"
-#include "quest/packing.h"
+#include "rows.h"
 
 namespace quest {
 namespace {
 
 using testing::bitwise_equal;
+using testing::check_all_layouts;
+using testing::check_dequantize;
+using testing::check_prologue_of_normals;
+using testing::check_quantize_backward;
 using testing::error_text;
+using testing::Input;
+using testing::is_sparse;
+using testing::kPrologueKinds;
+using testing::layouts_of;
 using testing::OnDevice;
+using testing::quantize_cpu;
+using testing::quantize_gpu;
+using testing::quantize_gpu_with;
 using testing::Random;
+using testing::Result;
 
 class Quantize : public testing::GpuTest {};
 class Dequantize : public testing::GpuTest {};
 class QuantizeBackward : public testing::GpuTest {};
-
-constexpr double kShare = 1e-3;
-
-struct Result {
-  std::vector<uint8_t> codes;
-  std::vector<float> scale;
-  std::vector<int32_t> code_sum;
-  std::vector<uint8_t> mask, index;
-};
-
-bool is_sparse(const Quantizer& quantizer) { return quantizer.sparsity == Sparsity::kFourEight; }
-
-int64_t codes_row_bytes(const Quantizer& quantizer, Layout layout, int64_t k) {
-  return row_bytes(layout, is_sparse(quantizer) && layout != Layout::kValues ? k / 2 : k);
-}
-
-int64_t codes_bytes(const Quantizer& quantizer, Layout layout, int64_t rows, int64_t k) {
-  return rows * codes_row_bytes(quantizer, layout, k) * (layout == Layout::kPlanes ? quantizer.grid.bits : 1);
-}
-
-// A prologue whose weight is a vector, in host or, shifted by an offset, in device memory.
-struct Input {
-  PrologueKind kind = PrologueKind::kNone;
-  std::vector<uint8_t> weight;
-
-  static Input of(PrologueKind kind, Random& random, DType dtype, int64_t k) {
-    if (kind != PrologueKind::kRmsNorm) return {kind, {}};
-    std::vector<float> values = random.normals(k);
-    for (float& value : values) value = 1 + value / 4;
-    return {kind, testing::to_dtype(values, dtype)};
-  }
-  Prologue prologue(const uint8_t* data) const { return kind == PrologueKind::kRmsNorm ? Prologue{kind, data, 1e-5f} : Prologue{kind}; }
-};
-
-constexpr PrologueKind kPrologueKinds[] = {PrologueKind::kRmsNorm, PrologueKind::kSiluMul};
-
-Result quantize_cpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k,
-                    const Input& input = {}) {
-  Result result{std::vector<uint8_t>(codes_bytes(quantizer, layout, rows, k)), std::vector<float>(rows), std::vector<int32_t>(rows),
-                std::vector<uint8_t>(rows * plane_row_bytes(k)),
-                std::vector<uint8_t>(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0)};
-  quantize(quantizer, layout, x.data(), dtype, rows, k,
-           {result.codes.data(), result.scale.data(), result.code_sum.data(), result.mask.data(),
-            is_sparse(quantizer) ? result.index.data() : nullptr},
-           serial_for, input.prologue(input.weight.data()));
-  return result;
-}
-
-template <typename Run>
-Result quantize_gpu_with(const Run& run, const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype,
-                         int64_t rows, int64_t k, int64_t offset, const Input& input = {}) {
-  const OnDevice<uint8_t> in(x, offset), weight(input.weight, offset), codes(codes_bytes(quantizer, layout, rows, k));
-  const OnDevice<uint8_t> mask(rows * plane_row_bytes(k)), index(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0);
-  const OnDevice<float> scale(rows);
-  const OnDevice<int32_t> code_sum(rows);
-  run([&](cudaStream_t stream) {
-    cuda::quantize(quantizer, layout, in.data(), dtype, rows, k,
-                   {codes.data(), scale.data(), code_sum.data(), mask.data(), is_sparse(quantizer) ? index.data() : nullptr}, stream,
-                   input.prologue(weight.data()));
-  });
-  return {codes.host(), scale.host(), code_sum.host(), mask.host(), index.host()};
-}
-
-Result quantize_gpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k,
-                    int64_t offset = 0, const Input& input = {}) {
-  return quantize_gpu_with([](const auto& body) { body(nullptr); }, quantizer, layout, x, dtype, rows, k, offset, input);
-}
-
-void expect_close(const Result& expected, const Result& got, double scale_tolerance = 1e-5, double index_share = 0) {
-  EXPECT_LE(testing::share_different(expected.codes, got.codes), kShare);
-  EXPECT_LE(testing::share_different(expected.mask, got.mask), kShare);
-  EXPECT_LE(testing::share_different(expected.index, got.index), index_share);  // depends on x_h alone
-  for (size_t r = 0; r < expected.scale.size(); ++r) {
-    if (std::isnan(expected.scale[r])) {
-      EXPECT_TRUE(std::isnan(got.scale[r])) << "row " << r;
-    } else {
-      EXPECT_NEAR(got.scale[r], expected.scale[r], scale_tolerance * expected.scale[r]) << "row " << r;
-    }
-  }
-}
-
-// What quantize writes in `layout` follows from what it writes as codes: the same numbers, packed by the CPU.
-void expect_same_codes(const Quantizer& quantizer, Layout layout, const Result& codes, const Result& got, int64_t rows, int64_t k) {
-  const int64_t stored = is_sparse(quantizer) ? k / 2 : k;
-  std::vector<uint8_t> expected(codes_bytes(quantizer, layout, rows, k));
-  if (layout == Layout::kValues) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const uint8_t* row = codes.codes.data() + r * stored;
-      for (int64_t j = 0; j < k; ++j) {
-        if (is_sparse(quantizer)) {
-          const int32_t pairs = codes.index[r * index_row_bytes(k) + j / 16] >> (j / 8 % 2 * 4) & 15;
-          const int64_t pair = j % 8 / 2;
-          if (pair != (pairs & 3) && pair != pairs >> 2) continue;
-        }
-        const int32_t code = *row++;
-        if (std::isnan(codes.scale[r])) continue;
-        expected[r * k + j] = static_cast<uint8_t>(quantizer.grid.bits == 8 ? code - 128 : code_value(quantizer.grid, code));
-      }
-    }
-  } else if (layout == Layout::kCodes) {
-    expected = codes.codes;
-  } else if (layout == Layout::kEvenOdd) {
-    for (int64_t i = 0; i < rows * k; ++i) {
-      expected[i / k * row_bytes(layout, k) + testing::even_odd_column(i % k)] = codes.codes[i];
-    }
-  } else {
-    pack(quantizer.grid, layout, codes.codes.data(), expected.data(), rows, stored, serial_for);
-  }
-  EXPECT_TRUE(bitwise_equal(expected, got.codes, codes_row_bytes(quantizer, layout, k)));
-  EXPECT_EQ(codes.code_sum, got.code_sum);
-  EXPECT_TRUE(bitwise_equal(codes.mask, got.mask, plane_row_bytes(k)));
-}
-
-std::vector<Layout> layouts_of(const Quantizer& quantizer) {
-  std::vector<Layout> layouts = {Layout::kCodes};
-  const bool has_zero = !is_sparse(quantizer) || quantizer.grid.bits < 8;  // 8-bit values leave none for the pruned
-  if (has_values(quantizer.grid) && has_zero) layouts.push_back(Layout::kValues);
-  if (quantizer.grid.bits <= 4) layouts.push_back(Layout::kPacked);
-  if (!is_sparse(quantizer)) layouts.insert(layouts.end(), {Layout::kPlanes, Layout::kEvenOdd});
-  return layouts;
-}
-
-void check_all_layouts(const Quantizer& quantizer, const std::vector<float>& values, DType dtype, int64_t rows, int64_t k, int64_t offset,
-                       const Input& input = {}) {
-  SCOPED_TRACE(concat(to_string(quantizer), ", [", rows, ", ", k, "], dtype ", static_cast<int>(dtype), ", offset ", offset, ", prologue ",
-                      to_string(input.kind)));
-  const std::vector<uint8_t> x = testing::to_dtype(values, dtype);
-  const Result codes = quantize_gpu(quantizer, Layout::kCodes, x, dtype, rows, k, offset, input);
-  const Result expected = quantize_cpu(quantizer, Layout::kCodes, x, dtype, rows, k, input);
-  if (input.kind == PrologueKind::kNone) {
-    expect_close(expected, codes);
-  } else {
-    // A value that rounds to its neighbour, by 2 roundings, has at most k, and seldom more than 32, of the k sigma^2 of its row.
-    const double moved = 2 * testing::rounding(dtype) * std::min(1.0, 32.0 / static_cast<double>(k));
-    expect_close(expected, codes, 1e-5 + moved, kShare);
-  }
-  const int64_t stored = is_sparse(quantizer) ? k / 2 : k;
-  for (int64_t r = 0; r < rows; ++r) {
-    int32_t sum = 0;
-    for (int64_t j = 0; j < stored; ++j) sum += codes.codes[r * stored + j];
-    EXPECT_EQ(codes.code_sum[r], sum) << "row " << r;
-  }
-  for (const Layout layout : layouts_of(quantizer)) {
-    SCOPED_TRACE(to_string(layout));
-    expect_same_codes(quantizer, layout, codes, quantize_gpu(quantizer, layout, x, dtype, rows, k, offset, input), rows, k);
-  }
-}
 
 TEST_F(Quantize, EveryGridInEveryLayout) {
   Random random(1);
@@ -273,12 +130,6 @@ TEST_F(Quantize, StreamsGraphsAndNoMask) {
   cuda::quantize(quantizer, Layout::kPacked, in.data(), DType::kBFloat16, rows, k,
                  {codes.data(), scale.data(), code_sum.data(), nullptr, nullptr}, nullptr);
   EXPECT_TRUE(bitwise_equal(expected.codes, codes.host(), packed_row_bytes(k)));
-}
-
-void check_prologue_of_normals(PrologueKind kind, const Quantizer& quantizer, DType dtype, int64_t rows, int64_t k, Random& random,
-                               int64_t offset = 0) {
-  const Input input = Input::of(kind, random, dtype, k);
-  check_all_layouts(quantizer, random.normals(rows * input_width(kind, k)), dtype, rows, k, offset, input);
 }
 
 TEST_F(Quantize, ProloguesOfEveryRowLengthAndType) {
@@ -404,21 +255,6 @@ TEST_F(Quantize, EmptyAndWrong) {
                   "quantize: expected a norm_weight for prologue rms_norm, got none");
 }
 
-void check_dequantize(const Quantizer& quantizer, Layout layout, DType dtype, int64_t rows, int64_t k, uint64_t seed) {
-  SCOPED_TRACE(concat(to_string(quantizer), ", ", to_string(layout), ", k = ", k, ", dtype ", static_cast<int>(dtype)));
-  Random random(seed);
-  const Result stored =
-      quantize_cpu(quantizer, layout, testing::to_dtype(random.normals(rows * k), DType::kFloat32), DType::kFloat32, rows, k);
-  std::vector<uint8_t> expected(rows * k * element_size(dtype));
-  const bool needs_index = is_sparse(quantizer);
-  dequantize(quantizer, layout, stored.codes.data(), stored.scale.data(), needs_index ? stored.index.data() : nullptr, expected.data(),
-             dtype, rows, k, serial_for);
-  const OnDevice<uint8_t> codes(stored.codes), index(stored.index), y(static_cast<int64_t>(expected.size()));
-  const OnDevice<float> scale(stored.scale);
-  cuda::dequantize(quantizer, layout, codes.data(), scale.data(), needs_index ? index.data() : nullptr, y.data(), dtype, rows, k, nullptr);
-  EXPECT_TRUE(bitwise_equal(expected, y.host(), k * element_size(dtype)));
-}
-
 TEST_F(Dequantize, EqualsTheCpu) {
   uint64_t seed = 10;
   for (const Grid grid : testing::all_grids()) {
@@ -446,19 +282,19 @@ TEST_F(QuantizeBackward, EqualsTheCpu) {
   for (const char* text : {"int4-none-trust", "int4-hadamard-trust", "int4-hadamard-trust-original"}) {
     const Quantizer quantizer = parse_quantizer(text);
     for (const int64_t k : {1, 6, 100, 128, 384, 777, 1024}) {
-      for (const DType dtype : testing::kDTypes) {
-        const int64_t rows = 5;
-        const std::vector<uint8_t> grad = testing::to_dtype(random.normals(rows * k), dtype);
-        const std::vector<uint8_t> mask = random.codes(rows * plane_row_bytes(k), 256);
-        std::vector<uint8_t> expected(grad.size());
-        quantize_backward(quantizer, grad.data(), mask.data(), expected.data(), dtype, rows, k, serial_for);
-        const OnDevice<uint8_t> in(grad), bits(mask), dx(static_cast<int64_t>(grad.size()));
-        testing::run_captured(
-            [&](cudaStream_t stream) { cuda::quantize_backward(quantizer, in.data(), bits.data(), dx.data(), dtype, rows, k, stream); });
-        EXPECT_TRUE(bitwise_equal(expected, dx.host(), k * element_size(dtype))) << text << ", k = " << k;
-      }
+      for (const DType dtype : testing::kDTypes) check_quantize_backward(random, quantizer, dtype, 5, k);
     }
   }
+  // In a graph.
+  const Quantizer quantizer = parse_quantizer("int4-hadamard-trust");
+  const int64_t rows = 5, k = 1024;
+  const std::vector<uint8_t> grad = testing::to_dtype(random.normals(rows * k), DType::kBFloat16);
+  const OnDevice<uint8_t> in(grad), mask(random.codes(rows * plane_row_bytes(k), 256)), direct(2 * rows * k), captured(2 * rows * k);
+  cuda::quantize_backward(quantizer, in.data(), mask.data(), direct.data(), DType::kBFloat16, rows, k, nullptr);
+  testing::run_captured([&](cudaStream_t stream) {
+    cuda::quantize_backward(quantizer, in.data(), mask.data(), captured.data(), DType::kBFloat16, rows, k, stream);
+  });
+  EXPECT_TRUE(bitwise_equal(direct.host(), captured.host(), 2 * k));
 }
 
 }  // namespace

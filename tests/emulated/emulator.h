@@ -1,5 +1,5 @@
-// A GPU on the host, for machines without one: the product kernels of cuda/ compiled by the C++ compiler, each of their threads a thread of
-// the host, clusters one after another. What they take of CUDA C++ is here, what they take of PTX in common/: files of the names that
+// A GPU on the host, for machines without one: the kernels of cuda/ compiled by the C++ compiler, each of their threads a thread of the
+// host, clusters one after another. What they take of CUDA C++ is here, what they take of PTX in common/: files of the names that
 // cuda/common has, found before those.
 //
 // It shows wrong sums, operands in a wrong order and waits that never end; built with -fsanitize=thread also races. It shows nothing of
@@ -114,6 +114,7 @@ struct Index {
 inline thread_local Block* block = nullptr;
 inline thread_local long cluster_phase = 0;  // that this thread has arrived at
 inline thread_local Index thread_index, block_index, block_size, grid_size;
+inline int thread() { return thread_index.y * block_size.x + thread_index.x; }  // of the block
 
 }  // namespace quest::emulated
 
@@ -122,10 +123,12 @@ inline thread_local Index thread_index, block_index, block_size, grid_size;
 #undef __shared__
 #undef __launch_bounds__
 #undef __grid_constant__
+#undef __maxnreg__
 #undef __forceinline__
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __maxnreg__(...)
 #define __forceinline__ inline
 #define threadIdx quest::emulated::thread_index
 #define blockIdx quest::emulated::block_index
@@ -135,8 +138,8 @@ inline thread_local Index thread_index, block_index, block_size, grid_size;
 using std::max;
 using std::min;
 
-inline void __syncthreads() { quest::emulated::block->named[0].sync(quest::emulated::block->meeting, blockDim.x); }
-inline void __syncwarp() { quest::emulated::block->sync_warp(threadIdx.x); }
+inline void __syncthreads() { quest::emulated::block->named[0].sync(quest::emulated::block->meeting, blockDim.x * blockDim.y); }
+inline void __syncwarp() { quest::emulated::block->sync_warp(quest::emulated::thread()); }
 inline void __nanosleep(unsigned) {}
 inline int __shfl_sync(unsigned, int value, int) { return value; }  // of what is the same in all lanes
 [[noreturn]] inline void __trap() { std::abort(); }
@@ -164,6 +167,21 @@ inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+// In each half: max(min(a + b, c), 0).
+inline uint32_t __viaddmin_s16x2_relu(uint32_t a, uint32_t b, uint32_t c) {
+  auto half = [&](int shift) {
+    auto value = [&](uint32_t pair) { return static_cast<int16_t>(pair >> shift); };
+    return static_cast<uint32_t>(max(min(static_cast<int16_t>(value(a) + value(b)), value(c)), int16_t{0})) << shift;
+  };
+  return half(0) | half(16);
+}
 inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(value)); }
 inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
@@ -177,4 +195,10 @@ inline uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max(a & 0xFFFFu, b & 0
 template <typename T>
 T atomicAdd(T* target, T value) {
   return __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
+}
+template <typename T>
+T atomicMax(T* target, T value) {
+  T found = __atomic_load_n(target, __ATOMIC_RELAXED);
+  while (found < value && !__atomic_compare_exchange_n(target, &found, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+  return found;
 }

@@ -1,4 +1,5 @@
-// What the tests call of the CUDA runtime, for the emulated GPU: its memory is the host's, and a launch has ended when it returns.
+// What tests and operations call of the CUDA runtime, for the emulated GPU: its memory is the host's, and a launch has ended when it
+// returns.
 #include <cstdlib>
 #include <cstring>
 
@@ -24,13 +25,20 @@ cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcp
   std::memcpy(target, source, bytes);
   return cudaSuccess;
 }
+cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpy(target, source, bytes, kind);
+}
+cudaError_t cudaMemsetAsync(void* target, int byte, size_t bytes, cudaStream_t) {
+  std::memset(target, byte, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "of the emulated GPU"; }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned) { return cudaErrorNotSupported; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaErrorNotSupported; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return cudaErrorNotSupported; }
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) { return cudaErrorNotSupported; }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, unsigned long long) { return cudaErrorNotSupported; }

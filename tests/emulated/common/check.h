@@ -13,6 +13,8 @@
 
 namespace quest::cuda {
 
+inline void check_cuda(const char* op, cudaError_t error) { check(error == cudaSuccess, op, ": ", cudaGetErrorString(error)); }
+
 struct Device {
   int32_t compute_capability;
   int32_t sm_count;
@@ -39,8 +41,8 @@ struct LaunchOptions {
 template <typename... Parameters, typename... Arguments>
 void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t, const Arguments&... arguments) {
-  check(shared_bytes <= emulated::kSharedBytes && block.x <= emulated::kMostThreads, op, ": more than a thread block can have");
-  const int blocks = static_cast<int>(grid.x), rows = static_cast<int>(grid.y), threads = static_cast<int>(block.x);
+  check(shared_bytes <= emulated::kSharedBytes && block.x * block.y <= emulated::kMostThreads, op, ": more than a thread block can have");
+  const int blocks = static_cast<int>(grid.x), rows = static_cast<int>(grid.y), threads = static_cast<int>(block.x * block.y);
   for (int index = 0; index < blocks * rows; index += options.cluster) {
     const int first = index % blocks, row = index / blocks;
     emulated::Cluster cluster;
@@ -59,9 +61,9 @@ void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Pa
       for (int thread = 0; thread < threads; ++thread) {
         running.emplace_back([&, rank, thread] {
           emulated::block = cluster.blocks[rank];
-          threadIdx = {thread, 0, 0};
+          threadIdx = {thread % static_cast<int>(block.x), thread / static_cast<int>(block.x), 0};
           blockIdx = {first + rank, row, 0};
-          blockDim = {threads, 1, 1};
+          blockDim = {static_cast<int>(block.x), static_cast<int>(block.y), 1};
           gridDim = {blocks, rows, 1};
           kernel(arguments...);
           --cluster.blocks[rank]->running;

@@ -1,0 +1,109 @@
+// The kernels of operations on rows without a GPU (emulator.h), at the shortest rows that reach every part of them.
+#include "emulator.h"
+#include "rows.h"
+
+namespace quest::testing {
+namespace {
+
+const Quantizer kInt4 = parse_quantizer("int4-hadamard-trust");
+
+// Rows of whole blocks of 128 values: of one warp, several a thread block, which may not be full; of several warps, five of them and more.
+TEST(EmulatedQuantize, WholeBlocks) {
+  emulated::multiprocessors = 1;
+  Random random(1);
+  for (const char* text : {"int4-hadamard-trust", "int1-hadamard-clip", "int2-none-trust", "int8-hadamard-trust0.1", "int1-none-trust"}) {
+    for (const DType dtype : kDTypes) check_all_layouts(parse_quantizer(text), random.normals(11 * 384), dtype, 11, 384, 0);
+  }
+  for (const int64_t k : {1152, 5632}) check_all_layouts(kInt4, random.normals(2 * k), DType::kBFloat16, 2, k, 0);
+  for (const PrologueKind kind : kPrologueKinds) {
+    for (const int64_t k : {256, 1152}) {
+      for (const DType dtype : kDTypes) check_prologue_of_normals(kind, kInt4, dtype, 2, k, random);
+    }
+  }
+}
+
+// More than two waves of thread blocks have kernels that do not prefetch.
+TEST(EmulatedQuantize, ManyRowsAsFew) {
+  emulated::multiprocessors = 1;
+  Random random(2);
+  constexpr int64_t kRows = 75, kFew = 3, kK = 128;
+  auto check = [&](DType dtype, PrologueKind kind) {
+    const Input input = Input::of(kind, random, dtype, kK);
+    const std::vector<uint8_t> x = to_dtype(random.normals(kRows * input_width(kind, kK)), dtype);
+    const std::vector<uint8_t> first(x.begin(), x.begin() + kFew * input_width(kind, kK) * element_size(dtype));
+    const Result many = quantize_gpu(kInt4, Layout::kPacked, x, dtype, kRows, kK, 0, input);
+    const Result few = quantize_gpu(kInt4, Layout::kPacked, first, dtype, kFew, kK, 0, input);
+    EXPECT_TRUE(std::equal(few.codes.begin(), few.codes.end(), many.codes.begin()));
+    EXPECT_TRUE(std::equal(few.mask.begin(), few.mask.end(), many.mask.begin()));
+    EXPECT_TRUE(std::equal(few.scale.begin(), few.scale.end(), many.scale.begin()));
+    EXPECT_TRUE(std::equal(few.code_sum.begin(), few.code_sum.end(), many.code_sum.begin()));
+  };
+  for (const DType dtype : kDTypes) check(dtype, PrologueKind::kNone);
+  for (const PrologueKind kind : kPrologueKinds) check(DType::kBFloat16, kind);
+}
+
+// Ragged rows, sparsity, grids without equal steps, addresses that no vector may use.
+TEST(EmulatedQuantize, AnyRow) {
+  emulated::multiprocessors = 2;
+  Random random(3);
+  for (const int64_t k : {1, 6, 100, 264}) check_all_layouts(kInt4, random.normals(3 * k), DType::kFloat16, 3, k, 0);
+  for (const char* text : {"int4-hadamard-4:8-trust", "fp4-hadamard-trust", "gauss3-none-trust0.4", "int_zero3-hadamard-4:8-clip"}) {
+    check_all_layouts(parse_quantizer(text), random.normals(2 * 384), DType::kBFloat16, 2, 384, 0);
+  }
+  check_all_layouts(kInt4, random.normals(2 * 256), DType::kFloat32, 2, 256, 4);
+  for (const PrologueKind kind : kPrologueKinds) check_prologue_of_normals(kind, kInt4, DType::kBFloat16, 2, 136, random);
+}
+
+TEST(EmulatedQuantize, RowsWithoutNumbers) {
+  emulated::multiprocessors = 1;
+  Random random(4);
+  constexpr int64_t kK = 256;
+  std::vector<float> values = random.normals(4 * kK);
+  values[17] = NAN;
+  values[1 * kK + 255] = INFINITY;
+  for (int64_t j = 0; j < kK; ++j) values[2 * kK + j] = 0;
+  for (const char* text : {"int4-hadamard-trust", "int1-hadamard-clip", "int2-hadamard-trust", "fp4-none-trust"}) {
+    for (const DType dtype : kDTypes) check_all_layouts(parse_quantizer(text), values, dtype, 4, kK, 0);
+  }
+}
+
+TEST(EmulatedRows, DequantizeAndBackward) {
+  emulated::multiprocessors = 1;
+  Random random(5);
+  uint64_t seed = 1;
+  for (const char* text : {"int4-none-ste", "int1-hadamard-ste-original", "fp4-none-4:8-ste", "gauss3-none-ste"}) {
+    const Quantizer quantizer = parse_quantizer(text);
+    for (const Layout layout : layouts_of(quantizer)) {
+      for (const int64_t k : {136, 512}) check_dequantize(quantizer, layout, DType::kBFloat16, 3, k, seed++);
+    }
+  }
+  for (const char* text : {"int4-none-trust", "int4-hadamard-trust", "int4-hadamard-trust-original"}) {
+    for (const int64_t k : {6, 384, 777}) {
+      for (const DType dtype : kDTypes) check_quantize_backward(random, parse_quantizer(text), dtype, 3, k);
+    }
+  }
+}
+
+TEST(EmulatedRows, Hadamard) {
+  emulated::multiprocessors = 1;
+  Random random(6);
+  for (int64_t block = 1; block <= 8192; block *= 2) {
+    const int64_t k = block >= 1024 ? block : block * 3;
+    check_hadamard(random, DType::kBFloat16, 3, k, block);
+    if (block <= 512) check_hadamard(random, DType::kFloat32, 3, k, block, 4);
+  }
+}
+
+TEST(EmulatedRows, Packing) {
+  emulated::multiprocessors = 1;
+  Random random(7);
+  for (const Grid grid : {Grid{GridKind::kInt, 3}, Grid{GridKind::kInt, 8}, Grid{GridKind::kTernary, 2}}) {
+    for (const int64_t k : {7, 128, 257}) {
+      check_packing(random, grid, Layout::kPlanes, 3, k, 1);
+      if (grid.bits <= 4) check_packing(random, grid, Layout::kPacked, 3, k);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quest::testing
