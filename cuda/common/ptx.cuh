@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
 namespace quest::cuda {
 
@@ -82,7 +81,7 @@ __device__ __forceinline__ uint4 load_once(const void* global) {
   return words;
 }
 
-// The line of memory to the second cache.
+// The line of memory that holds this address to the second cache.
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }
 
 // A pointer that the compiler is to keep, not to reckon anew wherever it is used.
@@ -95,9 +94,7 @@ __device__ __forceinline__ T* keep(T* pointer) {
 // The compiler is to have this value here, not to reckon it where it is used: before a wait, not behind it.
 template <typename T>
 __device__ __forceinline__ void settle(T& value) {
-  if constexpr (std::is_same_v<T, float>) {
-    asm volatile("" : "+f"(value));
-  } else if constexpr (sizeof(T) == 8) {
+  if constexpr (sizeof(T) == 8) {
     asm volatile("" : "+l"(value));
   } else {
     asm volatile("" : "+r"(value));
@@ -170,8 +167,8 @@ __device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
   return words;
 }
 
-// An addition to a word of shared memory by lane 0; gives what was there. (For atomicAdd by whatever lanes are here, the compiler finds out
-// which they are, adds up their values and shares what comes back: some 150 cycles. It does not where they may differ.)
+// An addition to a word of shared memory by lane 0; gives what was there. The number of the lane, 0, is added so that the compiler does not
+// take the values of whatever lanes are here for equal: it would find out which they are, and share what comes back, in some 150 cycles.
 __device__ __forceinline__ uint32_t shared_add(uint32_t* shared, uint32_t value) {
   uint32_t before;
   asm volatile(

@@ -23,7 +23,7 @@
 #include "common/check.h"
 #include "common/grid.cuh"
 #include "common/hadamard.cuh"
-#include "common/hopper.cuh"
+#include "common/ptx.cuh"
 #include "quest/cuda/quantize.h"
 #include "quest/packing.h"
 #include "quest/plan.h"
@@ -788,7 +788,7 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
     settle_global(source);  // reckoned here, not behind the wait
     constexpr int kFurtherBytes = kFurtherChunks * Raw::kBytes;
     prefetch(source), prefetch(source + kFurtherBytes);
-    if (kGated) prefetch(source + up_distance), prefetch(source + up_distance + kFurtherBytes);
+    if constexpr (kGated) prefetch(source + up_distance), prefetch(source + up_distance + kFurtherBytes);
   }
   wait_for_prerequisites();
   Raw raw[4];
@@ -821,8 +821,6 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
     }
   }
   launch_dependents();
-  float second_line = problem.mean_factor;  // of the parameters: it comes while x does, not when the row has been summed
-  settle(second_line);
   quantize_loaded<DTYPE, ROTATE>(problem, raw, block, sums, warps);
 }
 
@@ -903,21 +901,21 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   // 512 rows of 2048 3.9 instead of 2.)
   const int64_t shared =
       device.hopper_code ? plan_spread_bytes(thread_blocks.x, warps * block_rows, device.sm_count, device.shared_bytes) : 0;
-  constexpr int64_t kPrefetchedWaves = 2;  // 4096 rows of 2048 values are 1.7 on an H200, and gain; 16384 lose
+  constexpr int64_t kPrefetchedWaves = 2;  // 4096 rows of 2048 values are 1.7 on an H200, and gained; 16384 lost, by a bulk copy a row
   const bool prefetches =
       device.hopper_code && int64_t{thread_blocks.x} * warps * block_rows <= kPrefetchedWaves * device.sm_count * kBlocksWarps;
   with_dtype(problem.dtype, [&](auto type) {
     auto run = [&](auto kernel) {
       launch_with({1, device.hopper_code}, op, kernel, thread_blocks, threads, static_cast<size_t>(shared), stream, blocks);
     };
-    auto run_with = [&](auto prefetch) {
+    auto run_with = [&](auto prefetched) {
       switch (prologue) {
         case PrologueKind::kNone:
-          rotate ? run(quantize_blocks_kernel<type(), true, PrologueKind::kNone, prefetch()>)
-                 : run(quantize_blocks_kernel<type(), false, PrologueKind::kNone, prefetch()>);
+          rotate ? run(quantize_blocks_kernel<type(), true, PrologueKind::kNone, prefetched()>)
+                 : run(quantize_blocks_kernel<type(), false, PrologueKind::kNone, prefetched()>);
           break;
-        case PrologueKind::kRmsNorm: run(quantize_blocks_kernel<type(), true, PrologueKind::kRmsNorm, prefetch()>); break;
-        case PrologueKind::kSiluMul: run(quantize_blocks_kernel<type(), true, PrologueKind::kSiluMul, prefetch()>); break;
+        case PrologueKind::kRmsNorm: run(quantize_blocks_kernel<type(), true, PrologueKind::kRmsNorm, prefetched()>); break;
+        case PrologueKind::kSiluMul: run(quantize_blocks_kernel<type(), true, PrologueKind::kSiluMul, prefetched()>); break;
       }
     };
     prefetches ? run_with(std::true_type()) : run_with(std::false_type());

@@ -20,7 +20,7 @@
 
 namespace quest::testing {
 
-inline constexpr double kShare = 1e-3;
+inline constexpr double kShare = 1e-3;  // of codes and mask bits
 
 struct Result {
   std::vector<uint8_t> codes;
@@ -173,6 +173,26 @@ inline void check_prologue_of_normals(PrologueKind kind, const Quantizer& quanti
   check_all_layouts(quantizer, random.normals(rows * input_width(kind, k)), dtype, rows, k, offset, input);
 }
 
+// A row is the same, whatever the number of rows: the first of many and the last of them as they are by themselves.
+inline void check_many_rows_as_few(Random& random, const Quantizer& quantizer, DType dtype, PrologueKind kind, int64_t rows,
+                                   int64_t few_rows, int64_t k) {
+  SCOPED_TRACE(concat(to_string(quantizer), ", dtype ", static_cast<int>(dtype), ", prologue ", to_string(kind)));
+  const Input input = Input::of(kind, random, dtype, k);
+  const std::vector<uint8_t> x = to_dtype(random.normals(rows * input_width(kind, k)), dtype);
+  const Result many = quantize_gpu(quantizer, Layout::kPacked, x, dtype, rows, k, 0, input);
+  const int64_t x_row = input_width(kind, k) * element_size(dtype), codes_row = packed_row_bytes(k), mask_row = plane_row_bytes(k);
+  for (const int64_t first : {int64_t{0}, rows - few_rows}) {
+    auto rows_of = [&](const auto& all, int64_t width) {
+      return std::decay_t<decltype(all)>(all.begin() + first * width, all.begin() + (first + few_rows) * width);
+    };
+    const Result few = quantize_gpu(quantizer, Layout::kPacked, rows_of(x, x_row), dtype, few_rows, k, 0, input);
+    EXPECT_TRUE(bitwise_equal(few.codes, rows_of(many.codes, codes_row), codes_row));
+    EXPECT_TRUE(bitwise_equal(few.mask, rows_of(many.mask, mask_row), mask_row));
+    EXPECT_TRUE(bitwise_equal(few.scale, rows_of(many.scale, 1), 1));
+    EXPECT_TRUE(bitwise_equal(few.code_sum, rows_of(many.code_sum, 1), 1));
+  }
+}
+
 inline void check_dequantize(const Quantizer& quantizer, Layout layout, DType dtype, int64_t rows, int64_t k, uint64_t seed) {
   SCOPED_TRACE(concat(to_string(quantizer), ", ", to_string(layout), ", k = ", k, ", dtype ", static_cast<int>(dtype)));
   Random random(seed);
@@ -187,13 +207,15 @@ inline void check_dequantize(const Quantizer& quantizer, Layout layout, DType dt
   EXPECT_TRUE(bitwise_equal(expected, y.host(), k * element_size(dtype)));
 }
 
-inline void check_quantize_backward(Random& random, const Quantizer& quantizer, DType dtype, int64_t rows, int64_t k) {
+// run: of a body that takes a stream.
+template <typename Run>
+void check_quantize_backward(Random& random, const Quantizer& quantizer, DType dtype, int64_t rows, int64_t k, const Run& run) {
   const std::vector<uint8_t> grad = to_dtype(random.normals(rows * k), dtype);
   const std::vector<uint8_t> mask = random.codes(rows * plane_row_bytes(k), 256);
   std::vector<uint8_t> expected(grad.size());
   quantize_backward(quantizer, grad.data(), mask.data(), expected.data(), dtype, rows, k, serial_for);
   const OnDevice<uint8_t> in(grad), bits(mask), dx(static_cast<int64_t>(grad.size()));
-  cuda::quantize_backward(quantizer, in.data(), bits.data(), dx.data(), dtype, rows, k, nullptr);
+  run([&](cudaStream_t stream) { cuda::quantize_backward(quantizer, in.data(), bits.data(), dx.data(), dtype, rows, k, stream); });
   EXPECT_TRUE(bitwise_equal(expected, dx.host(), k * element_size(dtype)))
       << to_string(quantizer) << ", [" << rows << ", " << k << "], dtype " << static_cast<int>(dtype);
 }

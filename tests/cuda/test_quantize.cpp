@@ -1,6 +1,4 @@
 // quantize, dequantize and quantize_backward on the GPU against the CPU's.
-#include <algorithm>
-
 #include "rows.h"
 
 namespace quest {
@@ -9,15 +7,14 @@ namespace {
 using testing::bitwise_equal;
 using testing::check_all_layouts;
 using testing::check_dequantize;
+using testing::check_many_rows_as_few;
 using testing::check_prologue_of_normals;
 using testing::check_quantize_backward;
 using testing::error_text;
 using testing::Input;
-using testing::is_sparse;
 using testing::kPrologueKinds;
 using testing::layouts_of;
 using testing::OnDevice;
-using testing::quantize_cpu;
 using testing::quantize_gpu;
 using testing::quantize_gpu_with;
 using testing::Random;
@@ -190,29 +187,12 @@ TEST_F(Quantize, ProloguesOfRowsWithoutNumbers) {
   }
 }
 
-// More than two waves of thread blocks have kernels that do not prefetch (on a GPU of up to 132 multiprocessors): a row is the same,
-// whatever the number of rows.
+// More than two waves of thread blocks have kernels that do not prefetch (on a GPU of up to 132 multiprocessors).
 TEST_F(Quantize, ManyRowsAsFew) {
   Random random(12);
-  constexpr int64_t kRows = 9601, kFew = 37, kK = 128;
   for (const DType dtype : testing::kDTypes) {
     auto check = [&](const char* text, PrologueKind kind) {
-      SCOPED_TRACE(concat(text, ", dtype ", static_cast<int>(dtype), ", prologue ", to_string(kind)));
-      const Quantizer quantizer = parse_quantizer(text);
-      const Input input = Input::of(kind, random, dtype, kK);
-      const std::vector<uint8_t> x = testing::to_dtype(random.normals(kRows * input_width(kind, kK)), dtype);
-      const Result many = quantize_gpu(quantizer, Layout::kPacked, x, dtype, kRows, kK, 0, input);
-      const int64_t x_row = input_width(kind, kK) * element_size(dtype), codes_row = packed_row_bytes(kK), mask_row = plane_row_bytes(kK);
-      for (const int64_t first : {int64_t{0}, kRows - kFew}) {
-        auto rows_of = [&](const auto& all, int64_t width) {
-          return std::decay_t<decltype(all)>(all.begin() + first * width, all.begin() + (first + kFew) * width);
-        };
-        const Result few = quantize_gpu(quantizer, Layout::kPacked, rows_of(x, x_row), dtype, kFew, kK, 0, input);
-        EXPECT_TRUE(bitwise_equal(few.codes, rows_of(many.codes, codes_row), codes_row));
-        EXPECT_TRUE(bitwise_equal(few.mask, rows_of(many.mask, mask_row), mask_row));
-        EXPECT_TRUE(bitwise_equal(few.scale, rows_of(many.scale, 1), 1));
-        EXPECT_TRUE(bitwise_equal(few.code_sum, rows_of(many.code_sum, 1), 1));
-      }
+      check_many_rows_as_few(random, parse_quantizer(text), dtype, kind, 9601, 37, 128);
     };
     check("int4-hadamard-trust", PrologueKind::kNone);
     check("int4-none-trust", PrologueKind::kNone);
@@ -282,19 +262,11 @@ TEST_F(QuantizeBackward, EqualsTheCpu) {
   for (const char* text : {"int4-none-trust", "int4-hadamard-trust", "int4-hadamard-trust-original"}) {
     const Quantizer quantizer = parse_quantizer(text);
     for (const int64_t k : {1, 6, 100, 128, 384, 777, 1024}) {
-      for (const DType dtype : testing::kDTypes) check_quantize_backward(random, quantizer, dtype, 5, k);
+      for (const DType dtype : testing::kDTypes) {
+        check_quantize_backward(random, quantizer, dtype, 5, k, [](const auto& body) { testing::run_captured(body); });
+      }
     }
   }
-  // In a graph.
-  const Quantizer quantizer = parse_quantizer("int4-hadamard-trust");
-  const int64_t rows = 5, k = 1024;
-  const std::vector<uint8_t> grad = testing::to_dtype(random.normals(rows * k), DType::kBFloat16);
-  const OnDevice<uint8_t> in(grad), mask(random.codes(rows * plane_row_bytes(k), 256)), direct(2 * rows * k), captured(2 * rows * k);
-  cuda::quantize_backward(quantizer, in.data(), mask.data(), direct.data(), DType::kBFloat16, rows, k, nullptr);
-  testing::run_captured([&](cudaStream_t stream) {
-    cuda::quantize_backward(quantizer, in.data(), mask.data(), captured.data(), DType::kBFloat16, rows, k, stream);
-  });
-  EXPECT_TRUE(bitwise_equal(direct.host(), captured.host(), 2 * k));
 }
 
 }  // namespace

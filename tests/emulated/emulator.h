@@ -125,7 +125,7 @@ inline int thread() { return thread_index.y * block_size.x + thread_index.x; }  
 #undef __grid_constant__
 #undef __maxnreg__
 #undef __forceinline__
-#define __shared__ static
+#define __shared__ static  // so thread blocks run one after another; not poisoned: what the block before left is still there
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __maxnreg__(...)

@@ -124,6 +124,22 @@ TEST(Emulated, HeldRows) {
   emulated::compute_capability = 90;
 }
 
+// Whole numbers, whose sums every type holds.
+TEST(Emulated, AddBias) {
+  constexpr int64_t kM = 5, kN = 70;
+  Random random(11);
+  for (const DType dtype : kDTypes) {
+    std::vector<float> y(kM * kN), bias(kN), sums(kM * kN);
+    for (float& value : y) value = static_cast<float>(random.below(64));
+    for (float& value : bias) value = static_cast<float>(random.below(64)) - 32.0f;
+    for (int64_t i = 0; i < kM * kN; ++i) sums[i] = y[i] + bias[i % kN];
+    const OnDevice<uint8_t> device_y(to_dtype(y, dtype));
+    const OnDevice<float> device_bias(bias);
+    cuda::add_bias(device_bias.data(), device_y.data(), dtype, kM, kN, nullptr);
+    EXPECT_TRUE(bitwise_equal(to_dtype(sums, dtype), device_y.host(), kN * element_size(dtype)));
+  }
+}
+
 // Tiles of 64 and 16 rows, of 64 and 128 columns, whose warpgroups share K, and of 192: as many steps for each, and fewer for some; more
 // than the ring has stages; two thread blocks a tile. Columns stored two by two (multiples of 16) and one by one.
 TEST(Emulated, SharedK) {
@@ -185,6 +201,32 @@ TEST(Emulated, LargeTiles) {
     const Matrix sparse(random, kInt4Grid, Layout::kPacked, s.n, s.k, Fill::kRandom, true);
     check_product(kSparse, even_odd, sparse, s.m, s.n, s.k, DType::kFloat16);
   }
+}
+
+// GPUs before Hopper: few rows, small tiles and large ones; 4-bit operands as nibbles, on tensor cores for them, and as bytes. And what no
+// GPU has tensor cores for.
+TEST(Emulated, OlderGpus) {
+  emulated::compute_capability = 80;
+  Random random(10);
+  struct Case {
+    int multiprocessors;
+    Shape shape;
+  };
+  for (const auto& [multiprocessors, s] : {Case{2, {3, 70, 1040}}, Case{16, {40, 70, 208}}, Case{1, {150, 140, 208}}}) {
+    emulated::multiprocessors = multiprocessors;
+    const Matrix w4(random, kInt4Grid, Layout::kPacked, s.n, s.k), w8(random, kInt8Grid, Layout::kCodes, s.n, s.k);
+    const Matrix w2(random, kInt2Grid, Layout::kPlanes, s.n, s.k), w1(random, kInt1Grid, Layout::kPlanes, s.n, s.k);
+    const Matrix sparse(random, kInt4Grid, Layout::kPacked, s.n, s.k, Fill::kRandom, true);
+    check_product(kInt4, Matrix(random, kInt4Grid, Layout::kPacked, s.m, s.k), w4, s.m, s.n, s.k);
+    check_product(kInt4, Matrix(random, kInt8Grid, Layout::kValues, s.m, s.k), w4, s.m, s.n, s.k, DType::kBFloat16);
+    check_product(kInt8, Matrix(random, kInt8Grid, Layout::kValues, s.m, s.k), w8, s.m, s.n, s.k, DType::kFloat16);
+    check_product(kPlanes, Matrix(random, kInt2Grid, Layout::kPlanes, s.m, s.k), w2, s.m, s.n, s.k);
+    check_product(kPlanes, Matrix(random, kInt1Grid, Layout::kPlanes, s.m, s.k), w1, s.m, s.n, s.k);
+    check_product(kSparse, Matrix(random, kInt4Grid, Layout::kEvenOdd, s.m, s.k), sparse, s.m, s.n, s.k);
+    check_weight_only(random, kInt4Grid, Layout::kPacked, DType::kFloat32, s.m, s.n, s.k);
+    check_weight_only(random, kGauss4Grid, Layout::kPacked, DType::kBFloat16, s.m, s.n, s.k);
+  }
+  emulated::compute_capability = 90;
 }
 
 // Rows of w that stay in shared memory, and then the next; a ring of a with more stages than a row has chunks, and with fewer.

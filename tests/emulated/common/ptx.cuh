@@ -13,7 +13,7 @@ inline float float16_to_float(uint16_t bits) { return __half2float(__ushort_as_h
 inline uint32_t pack_bfloat16(float low, float high) { return bits_of(__float2bfloat16(low)) | bits_of(__float2bfloat16(high)) << 16; }
 inline uint32_t pack_float16(float low, float high) { return bits_of(__float2half_rn(low)) | bits_of(__float2half_rn(high)) << 16; }
 
-// Rounded to 4 or 2 bits as cvt.pack.sat does it.
+// Clamped to so many bits, as cvt.pack.sat does it.
 template <int BITS>
 uint32_t pack_saturated(uint32_t low, uint32_t high, uint32_t above) {
   auto saturated = [](uint32_t value) { return static_cast<uint32_t>(std::clamp(static_cast<int32_t>(value), 0, (1 << BITS) - 1)); };
@@ -22,7 +22,7 @@ uint32_t pack_saturated(uint32_t low, uint32_t high, uint32_t above) {
 inline uint32_t pack_nibbles(uint32_t low, uint32_t high, uint32_t above) { return pack_saturated<4>(low, high, above); }
 inline uint32_t pack_two_bits(uint32_t low, uint32_t high, uint32_t above) { return pack_saturated<2>(low, high, above); }
 
-// ---- the special function unit: subnormal numbers are 0
+// ---- the special function unit: subnormal numbers are 0, but under a square root
 inline float without_subnormals(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 inline float exp2_approximate(float x) { return without_subnormals(std::exp2(without_subnormals(x))); }
 inline float reciprocal_approximate(float x) { return without_subnormals(1.0f / without_subnormals(x)); }
@@ -51,7 +51,7 @@ template <typename T>
 void settle(T&) {}
 template <typename T>
 void settle_global(T*&) {}
-inline uint32_t shared_add(uint32_t* shared, uint32_t value) { return atomicAdd(shared, value); }
+inline uint32_t shared_add(uint32_t* shared, uint32_t value) { return atomicAdd(shared, value + threadIdx.x % emulated::kWarp); }
 inline uint32_t load_shared_16(uint32_t address) { return load<uint16_t>(emulated::block->shared + address); }
 inline uint32_t load_shared_32(uint32_t address) { return load<uint32_t>(emulated::block->shared + address); }
 inline uint2 load_shared_64(uint32_t address) { return load<uint2>(emulated::block->shared + address); }
@@ -70,7 +70,7 @@ inline void named_barrier(int id, int threads) { emulated::block->named[id].sync
 template <typename Read>
 void among_lanes(const uint32_t (&shown)[6], Read read) {
   auto& lanes = emulated::block->lanes[emulated::thread() / emulated::kWarp];
-  std::memcpy(lanes[threadIdx.x % emulated::kWarp], shown, sizeof shown);
+  std::memcpy(lanes[emulated::thread() % emulated::kWarp], shown, sizeof shown);
   __syncwarp();
   read(lanes);
   __syncwarp();
@@ -79,7 +79,8 @@ void among_lanes(const uint32_t (&shown)[6], Read read) {
 // Of all lanes.
 template <typename T>
 T from_lane(T value, unsigned lane) {
-  uint32_t word = 0;
+  static_assert(sizeof(T) == 4);
+  uint32_t word;
   std::memcpy(&word, &value, sizeof word);
   among_lanes({word}, [&](auto& all) { word = all[lane][0]; });
   std::memcpy(&value, &word, sizeof word);
@@ -91,7 +92,8 @@ T __shfl_xor_sync(uint32_t, T value, int lanes) {
 }
 template <typename T>
 T __shfl_down_sync(uint32_t, T value, unsigned lanes) {
-  return from_lane(value, std::min(threadIdx.x % emulated::kWarp + lanes, emulated::kWarp - 1u));
+  const unsigned lane = threadIdx.x % emulated::kWarp, other = lane + lanes;
+  return from_lane(value, other < emulated::kWarp ? other : lane);
 }
 inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
   uint32_t sum = 0;
