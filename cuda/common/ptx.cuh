@@ -168,7 +168,7 @@ __device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
 }
 
 // An addition to a word of shared memory by lane 0; gives what was there. The number of the lane, 0, is added so that the compiler does not
-// take the values of whatever lanes are here for equal: it would find out which they are, and share what comes back, in some 150 cycles.
+// take the values of whatever lanes are here for equal: it would find out which they are, and share what comes back.
 __device__ __forceinline__ uint32_t shared_add(uint32_t* shared, uint32_t value) {
   uint32_t before;
   asm volatile(

@@ -20,9 +20,9 @@
 
 namespace quest::testing {
 
-inline constexpr double kShare = 1e-3;  // of codes and mask bits
+inline constexpr double kMostDifferent = 1e-3;  // of codes and mask bits
 
-struct Result {
+struct Quantized {
   std::vector<uint8_t> codes;
   std::vector<float> scale;
   std::vector<int32_t> code_sum;
@@ -40,11 +40,11 @@ inline int64_t codes_bytes(const Quantizer& quantizer, Layout layout, int64_t ro
 }
 
 // A prologue whose weight is a vector, in host or, shifted by an offset, in device memory.
-struct Input {
+struct PrologueInput {
   PrologueKind kind = PrologueKind::kNone;
   std::vector<uint8_t> weight;
 
-  static Input of(PrologueKind kind, Random& random, DType dtype, int64_t k) {
+  static PrologueInput of(PrologueKind kind, Random& random, DType dtype, int64_t k) {
     if (kind != PrologueKind::kRmsNorm) return {kind, {}};
     std::vector<float> values = random.normals(k);
     for (float& value : values) value = 1 + value / 4;
@@ -55,11 +55,11 @@ struct Input {
 
 inline constexpr PrologueKind kPrologueKinds[] = {PrologueKind::kRmsNorm, PrologueKind::kSiluMul};
 
-inline Result quantize_cpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k,
-                           const Input& input = {}) {
-  Result result{std::vector<uint8_t>(codes_bytes(quantizer, layout, rows, k)), std::vector<float>(rows), std::vector<int32_t>(rows),
-                std::vector<uint8_t>(rows * plane_row_bytes(k)),
-                std::vector<uint8_t>(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0)};
+inline Quantized quantize_cpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows,
+                              int64_t k, const PrologueInput& input = {}) {
+  Quantized result{std::vector<uint8_t>(codes_bytes(quantizer, layout, rows, k)), std::vector<float>(rows), std::vector<int32_t>(rows),
+                   std::vector<uint8_t>(rows * plane_row_bytes(k)),
+                   std::vector<uint8_t>(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0)};
   quantize(quantizer, layout, x.data(), dtype, rows, k,
            {result.codes.data(), result.scale.data(), result.code_sum.data(), result.mask.data(),
             is_sparse(quantizer) ? result.index.data() : nullptr},
@@ -68,8 +68,8 @@ inline Result quantize_cpu(const Quantizer& quantizer, Layout layout, const std:
 }
 
 template <typename Run>
-Result quantize_gpu_with(const Run& run, const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype,
-                         int64_t rows, int64_t k, int64_t offset, const Input& input = {}) {
+Quantized quantize_gpu_with(const Run& run, const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype,
+                            int64_t rows, int64_t k, int64_t offset, const PrologueInput& input = {}) {
   const OnDevice<uint8_t> in(x, offset), weight(input.weight, offset), codes(codes_bytes(quantizer, layout, rows, k));
   const OnDevice<uint8_t> mask(rows * plane_row_bytes(k)), index(is_sparse(quantizer) ? rows * index_row_bytes(k) : 0);
   const OnDevice<float> scale(rows);
@@ -82,14 +82,14 @@ Result quantize_gpu_with(const Run& run, const Quantizer& quantizer, Layout layo
   return {codes.host(), scale.host(), code_sum.host(), mask.host(), index.host()};
 }
 
-inline Result quantize_gpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows, int64_t k,
-                           int64_t offset = 0, const Input& input = {}) {
+inline Quantized quantize_gpu(const Quantizer& quantizer, Layout layout, const std::vector<uint8_t>& x, DType dtype, int64_t rows,
+                              int64_t k, int64_t offset = 0, const PrologueInput& input = {}) {
   return quantize_gpu_with([](const auto& body) { body(nullptr); }, quantizer, layout, x, dtype, rows, k, offset, input);
 }
 
-inline void expect_close(const Result& expected, const Result& got, double scale_tolerance = 1e-5, double index_share = 0) {
-  EXPECT_LE(share_different(expected.codes, got.codes), kShare);
-  EXPECT_LE(share_different(expected.mask, got.mask), kShare);
+inline void expect_close(const Quantized& expected, const Quantized& got, double scale_tolerance = 1e-5, double index_share = 0) {
+  EXPECT_LE(share_different(expected.codes, got.codes), kMostDifferent);
+  EXPECT_LE(share_different(expected.mask, got.mask), kMostDifferent);
   EXPECT_LE(share_different(expected.index, got.index), index_share);  // depends on x_h alone
   for (size_t r = 0; r < expected.scale.size(); ++r) {
     if (std::isnan(expected.scale[r])) {
@@ -101,7 +101,8 @@ inline void expect_close(const Result& expected, const Result& got, double scale
 }
 
 // What quantize writes in `layout` follows from what it writes as codes: the same numbers, packed by the CPU.
-inline void expect_same_codes(const Quantizer& quantizer, Layout layout, const Result& codes, const Result& got, int64_t rows, int64_t k) {
+inline void expect_same_codes(const Quantizer& quantizer, Layout layout, const Quantized& codes, const Quantized& got, int64_t rows,
+                              int64_t k) {
   const int64_t stored = is_sparse(quantizer) ? k / 2 : k;
   std::vector<uint8_t> expected(codes_bytes(quantizer, layout, rows, k));
   if (layout == Layout::kValues) {
@@ -142,18 +143,18 @@ inline std::vector<Layout> layouts_of(const Quantizer& quantizer) {
 }
 
 inline void check_all_layouts(const Quantizer& quantizer, const std::vector<float>& values, DType dtype, int64_t rows, int64_t k,
-                              int64_t offset, const Input& input = {}) {
+                              int64_t offset, const PrologueInput& input = {}) {
   SCOPED_TRACE(concat(to_string(quantizer), ", [", rows, ", ", k, "], dtype ", static_cast<int>(dtype), ", offset ", offset, ", prologue ",
                       to_string(input.kind)));
   const std::vector<uint8_t> x = to_dtype(values, dtype);
-  const Result codes = quantize_gpu(quantizer, Layout::kCodes, x, dtype, rows, k, offset, input);
-  const Result expected = quantize_cpu(quantizer, Layout::kCodes, x, dtype, rows, k, input);
+  const Quantized codes = quantize_gpu(quantizer, Layout::kCodes, x, dtype, rows, k, offset, input);
+  const Quantized expected = quantize_cpu(quantizer, Layout::kCodes, x, dtype, rows, k, input);
   if (input.kind == PrologueKind::kNone) {
     expect_close(expected, codes);
   } else {
     // A value that rounds to its neighbour, by 2 roundings, has at most k, and seldom more than 32, of the k sigma^2 of its row.
     const double moved = 2 * rounding(dtype) * std::min(1.0, 32.0 / static_cast<double>(k));
-    expect_close(expected, codes, 1e-5 + moved, kShare);
+    expect_close(expected, codes, 1e-5 + moved, kMostDifferent);
   }
   const int64_t stored = is_sparse(quantizer) ? k / 2 : k;
   for (int64_t r = 0; r < rows; ++r) {
@@ -169,7 +170,7 @@ inline void check_all_layouts(const Quantizer& quantizer, const std::vector<floa
 
 inline void check_prologue_of_normals(PrologueKind kind, const Quantizer& quantizer, DType dtype, int64_t rows, int64_t k, Random& random,
                                       int64_t offset = 0) {
-  const Input input = Input::of(kind, random, dtype, k);
+  const PrologueInput input = PrologueInput::of(kind, random, dtype, k);
   check_all_layouts(quantizer, random.normals(rows * input_width(kind, k)), dtype, rows, k, offset, input);
 }
 
@@ -177,15 +178,15 @@ inline void check_prologue_of_normals(PrologueKind kind, const Quantizer& quanti
 inline void check_many_rows_as_few(Random& random, const Quantizer& quantizer, DType dtype, PrologueKind kind, int64_t rows,
                                    int64_t few_rows, int64_t k) {
   SCOPED_TRACE(concat(to_string(quantizer), ", dtype ", static_cast<int>(dtype), ", prologue ", to_string(kind)));
-  const Input input = Input::of(kind, random, dtype, k);
+  const PrologueInput input = PrologueInput::of(kind, random, dtype, k);
   const std::vector<uint8_t> x = to_dtype(random.normals(rows * input_width(kind, k)), dtype);
-  const Result many = quantize_gpu(quantizer, Layout::kPacked, x, dtype, rows, k, 0, input);
+  const Quantized many = quantize_gpu(quantizer, Layout::kPacked, x, dtype, rows, k, 0, input);
   const int64_t x_row = input_width(kind, k) * element_size(dtype), codes_row = packed_row_bytes(k), mask_row = plane_row_bytes(k);
   for (const int64_t first : {int64_t{0}, rows - few_rows}) {
     auto rows_of = [&](const auto& all, int64_t width) {
       return std::decay_t<decltype(all)>(all.begin() + first * width, all.begin() + (first + few_rows) * width);
     };
-    const Result few = quantize_gpu(quantizer, Layout::kPacked, rows_of(x, x_row), dtype, few_rows, k, 0, input);
+    const Quantized few = quantize_gpu(quantizer, Layout::kPacked, rows_of(x, x_row), dtype, few_rows, k, 0, input);
     EXPECT_TRUE(bitwise_equal(few.codes, rows_of(many.codes, codes_row), codes_row));
     EXPECT_TRUE(bitwise_equal(few.mask, rows_of(many.mask, mask_row), mask_row));
     EXPECT_TRUE(bitwise_equal(few.scale, rows_of(many.scale, 1), 1));
@@ -193,10 +194,9 @@ inline void check_many_rows_as_few(Random& random, const Quantizer& quantizer, D
   }
 }
 
-inline void check_dequantize(const Quantizer& quantizer, Layout layout, DType dtype, int64_t rows, int64_t k, uint64_t seed) {
+inline void check_dequantize(Random& random, const Quantizer& quantizer, Layout layout, DType dtype, int64_t rows, int64_t k) {
   SCOPED_TRACE(concat(to_string(quantizer), ", ", to_string(layout), ", k = ", k, ", dtype ", static_cast<int>(dtype)));
-  Random random(seed);
-  const Result stored = quantize_cpu(quantizer, layout, to_dtype(random.normals(rows * k), DType::kFloat32), DType::kFloat32, rows, k);
+  const Quantized stored = quantize_cpu(quantizer, layout, to_dtype(random.normals(rows * k), DType::kFloat32), DType::kFloat32, rows, k);
   std::vector<uint8_t> expected(rows * k * element_size(dtype));
   const bool needs_index = is_sparse(quantizer);
   dequantize(quantizer, layout, stored.codes.data(), stored.scale.data(), needs_index ? stored.index.data() : nullptr, expected.data(),

@@ -11,14 +11,14 @@ using testing::check_many_rows_as_few;
 using testing::check_prologue_of_normals;
 using testing::check_quantize_backward;
 using testing::error_text;
-using testing::Input;
 using testing::kPrologueKinds;
 using testing::layouts_of;
 using testing::OnDevice;
+using testing::PrologueInput;
 using testing::quantize_gpu;
 using testing::quantize_gpu_with;
+using testing::Quantized;
 using testing::Random;
-using testing::Result;
 
 class Quantize : public testing::GpuTest {};
 class Dequantize : public testing::GpuTest {};
@@ -85,7 +85,7 @@ TEST_F(Quantize, RowsWithoutNumbersAndRowsOfZeros) {
     const Quantizer quantizer = parse_quantizer(text);
     for (const DType dtype : testing::kDTypes) {  // in float16 the row of 1e30 is one of infinities
       check_all_layouts(quantizer, values, dtype, rows, k, 0);
-      const Result got = quantize_gpu(quantizer, Layout::kCodes, testing::to_dtype(values, dtype), dtype, rows, k);
+      const Quantized got = quantize_gpu(quantizer, Layout::kCodes, testing::to_dtype(values, dtype), dtype, rows, k);
       for (int64_t r = 0; r < 4; ++r) {
         EXPECT_TRUE(std::isnan(got.scale[r])) << text << ", row " << r;
         EXPECT_EQ(got.code_sum[r], 0) << text << ", row " << r;
@@ -110,13 +110,13 @@ TEST_F(Quantize, StreamsGraphsAndNoMask) {
   const Quantizer quantizer = parse_quantizer("int4-hadamard-trust");
   const int64_t rows = 9, k = 768;
   const std::vector<uint8_t> x = testing::to_dtype(random.normals(rows * k), DType::kBFloat16);
-  const Result expected = quantize_gpu(quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k);
+  const Quantized expected = quantize_gpu(quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k);
   const testing::Stream stream;
-  const Result streamed =
+  const Quantized streamed =
       quantize_gpu_with([&](const auto& body) { body(stream); }, quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k, 0);
-  const Result captured =
+  const Quantized captured =
       quantize_gpu_with([](const auto& body) { testing::run_captured(body); }, quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k, 0);
-  for (const Result& got : {streamed, captured}) {
+  for (const Quantized& got : {streamed, captured}) {
     EXPECT_TRUE(bitwise_equal(expected.codes, got.codes, packed_row_bytes(k)));
     EXPECT_TRUE(bitwise_equal(expected.scale, got.scale, 1));
     EXPECT_TRUE(bitwise_equal(expected.mask, got.mask, plane_row_bytes(k)));
@@ -175,9 +175,9 @@ TEST_F(Quantize, ProloguesOfRowsWithoutNumbers) {
       values[7 * width + 5] = -95.0f;                                 // silu: e^95 is infinite
       for (const char* text : {"int4-hadamard-trust", "int4-none-4:8-trust", "gauss4-none-clip"}) {
         for (const DType dtype : testing::kDTypes) {
-          const Input input = Input::of(kind, random, dtype, k);
+          const PrologueInput input = PrologueInput::of(kind, random, dtype, k);
           check_all_layouts(parse_quantizer(text), values, dtype, rows, k, 0, input);
-          const Result got =
+          const Quantized got =
               quantize_gpu(parse_quantizer(text), Layout::kCodes, testing::to_dtype(values, dtype), dtype, rows, k, 0, input);
           for (const int64_t r : {1, 2, 3}) EXPECT_TRUE(std::isnan(got.scale[r])) << text << ", row " << r;
           for (const int64_t r : {0, 5, 6, 7}) EXPECT_FALSE(std::isnan(got.scale[r])) << text << ", row " << r;
@@ -205,11 +205,11 @@ TEST_F(Quantize, ProloguesInACapturedGraph) {
   const Quantizer quantizer = parse_quantizer("int4-hadamard-trust");
   const int64_t rows = 9, k = 768;
   for (const PrologueKind kind : kPrologueKinds) {
-    const Input input = Input::of(kind, random, DType::kBFloat16, k);
+    const PrologueInput input = PrologueInput::of(kind, random, DType::kBFloat16, k);
     const std::vector<uint8_t> x = testing::to_dtype(random.normals(rows * input_width(kind, k)), DType::kBFloat16);
-    const Result expected = quantize_gpu(quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k, 0, input);
-    const Result captured = quantize_gpu_with([](const auto& body) { testing::run_captured(body); }, quantizer, Layout::kPacked, x,
-                                              DType::kBFloat16, rows, k, 0, input);
+    const Quantized expected = quantize_gpu(quantizer, Layout::kPacked, x, DType::kBFloat16, rows, k, 0, input);
+    const Quantized captured = quantize_gpu_with([](const auto& body) { testing::run_captured(body); }, quantizer, Layout::kPacked, x,
+                                                 DType::kBFloat16, rows, k, 0, input);
     EXPECT_TRUE(bitwise_equal(expected.codes, captured.codes, packed_row_bytes(k)));
     EXPECT_TRUE(bitwise_equal(expected.scale, captured.scale, 1));
   }
@@ -236,7 +236,7 @@ TEST_F(Quantize, EmptyAndWrong) {
 }
 
 TEST_F(Dequantize, EqualsTheCpu) {
-  uint64_t seed = 10;
+  Random random(10);
   for (const Grid grid : testing::all_grids()) {
     for (const Sparsity sparsity : {Sparsity::kNone, Sparsity::kFourEight}) {
       for (const bool original : {false, true}) {
@@ -244,7 +244,7 @@ TEST_F(Dequantize, EqualsTheCpu) {
         quantizer.grid = grid;
         quantizer.sparsity = sparsity;
         quantizer.original = original;
-        for (const Layout layout : layouts_of(quantizer)) check_dequantize(quantizer, layout, DType::kFloat32, 3, 136, seed++);
+        for (const Layout layout : layouts_of(quantizer)) check_dequantize(random, quantizer, layout, DType::kFloat32, 3, 136);
       }
     }
   }
@@ -252,7 +252,7 @@ TEST_F(Dequantize, EqualsTheCpu) {
   original.original = true;
   for (const int64_t k : {1, 5, 12, 63, 100, 512, 4096}) {
     for (const DType dtype : testing::kDTypes) {
-      for (const Layout layout : layouts_of(original)) check_dequantize(original, layout, dtype, 3, k, seed++);
+      for (const Layout layout : layouts_of(original)) check_dequantize(random, original, layout, dtype, 3, k);
     }
   }
 }

@@ -7,14 +7,15 @@ namespace {
 
 const Quantizer kInt4 = parse_quantizer("int4-hadamard-trust");
 
-// Rows of whole blocks of 128 values: of several warps, and of one, several a thread block, which may not be full. (Long rows come first:
-// shared memory that is not written then holds no zeros.)
+// Rows of whole blocks of 128 values: of as many warps as there can be, of several, and of one, several a thread block, which may not be
+// full. (Long rows come first: shared memory that is not written then holds no zeros.)
 TEST(EmulatedQuantize, WholeBlocks) {
   emulated::multiprocessors = 1;
   Random random(1);
+  check_all_layouts(kInt4, random.normals(32768), DType::kBFloat16, 1, 32768, 0);
   for (const int64_t k : {5632, 1152}) check_all_layouts(kInt4, random.normals(2 * k), DType::kBFloat16, 2, k, 0);
   for (const PrologueKind kind : kPrologueKinds) {
-    check_prologue_of_normals(kind, kInt4, DType::kBFloat16, 1, 5632, random);
+    for (const int64_t k : {32768, 5632}) check_prologue_of_normals(kind, kInt4, DType::kBFloat16, 1, k, random);
     for (const int64_t k : {1152, 256}) {
       for (const DType dtype : kDTypes) check_prologue_of_normals(kind, kInt4, dtype, 2, k, random);
     }
@@ -68,11 +69,10 @@ TEST(EmulatedQuantize, RowsWithoutNumbers) {
 TEST(EmulatedRows, DequantizeAndBackward) {
   emulated::multiprocessors = 1;
   Random random(5);
-  uint64_t seed = 1;
   for (const char* text : {"int4-none-ste", "int1-hadamard-ste-original", "fp4-none-4:8-ste", "gauss3-none-ste"}) {
     const Quantizer quantizer = parse_quantizer(text);
     for (const Layout layout : layouts_of(quantizer)) {
-      for (const int64_t k : {136, 512}) check_dequantize(quantizer, layout, DType::kBFloat16, 3, k, seed++);
+      for (const int64_t k : {136, 512}) check_dequantize(random, quantizer, layout, DType::kBFloat16, 3, k);
     }
   }
   for (const char* text : {"int4-none-trust", "int4-hadamard-trust", "int4-hadamard-trust-original"}) {
