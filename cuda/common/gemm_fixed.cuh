@@ -22,8 +22,9 @@
 // any order as long as both operands agree, so a lane's 16 bytes of w are the columns that it contributes, and the digits of a are laid
 // down in the order that unpacking them is cheapest.
 //
-// What bounds it: making numbers, which every cluster does for itself (a bit of each of 32 numbers to a word: 230 instructions a lane), and
-// unpacking, both integer instructions, of which a multiprocessor does 64 a cycle.
+// What bounds it: making numbers, which every cluster does for itself (a bit of each of 32 numbers to a word: 174 integer instructions a
+// lane), and unpacking, both integer instructions, of which a multiprocessor does 64 a cycle; by bits also that warpgroups wait, multiply
+// and add up together.
 #pragma once
 
 #include <cstdint>
@@ -185,8 +186,9 @@ struct FixedKernel {
   static constexpr int kPlaneBytes = kWarpgroupColumns * W::kStageRowBytes, kStageBytes = W::kPlanes * kPlaneBytes;
   static constexpr int kTeamWarps = W::kUnitColumns * kTurnRows / 1024;  // that make the numbers of kTurnRows rows of a unit
   static constexpr int kTeams = kFixedGroups * 4 / kTeamWarps;
-  // Boxes of w of a warpgroup that are brought to the second cache before the kernel before this one has ended.
-  static constexpr int kPrefetched = W::kByBits ? 0 : 2;
+  // Boxes of w of a warpgroup that are brought to the second cache before the kernel before this one has ended. By one bit, of few rows of
+  // a alone: of more it is not w that is waited for.
+  static constexpr int kPrefetched = W::kByBits ? 1 : 2;
   // Behind a ring of w, a would come up to 1 us later: it is asked for first, before barriers are made. Not where it is so little that it
   // is the weight that is waited for.
   static constexpr bool kAFirst = ROWS > 4;
@@ -296,8 +298,19 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   if (copies) {
     if (lane == 0) prefetch_tensor_map(&w_map);
     // Whatever the kernel before this one still writes, goes through the second cache.
-    Box box = first_box();
-    for (int i = 0; i < Kernel::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch_5d(&w_map, at(box).at);
+    const int groups = static_cast<int>(gridDim.x) >> problem.cluster_log2;  // of rows
+    if (W::kByBits && groups == 1) {
+      // What memory has of a would come behind w: it is asked for first, a part of its lines by each block.
+      constexpr int kLineBytes = 128;
+      const int lines = static_cast<int>(rows * (int64_t{2} * problem.k) / kLineBytes), all_blocks = blocks * static_cast<int>(gridDim.y);
+      for (int line = range * blocks + rank + lane * all_blocks; line < lines; line += 32 * all_blocks) {
+        prefetch(problem.x + line * kLineBytes);
+      }
+    }
+    if (!W::kByBits || groups == 1) {
+      Box box = first_box();
+      for (int i = 0; i < Kernel::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch_5d(&w_map, at(box).at);
+    }
   } else if (!Kernel::kAFirst) {
     make_barriers();
   }
@@ -380,9 +393,8 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     for (int i = 0; i < 4; ++i) {
       x[i] = *reinterpret_cast<const uint4*>(own_unit + (place_in_unit ^ W::chunk_step(i) % 8 * 16) +
                                              W::chunk_step(i) / 8 * Kernel::kBlockBytes);
-      const uint32_t low = __vmaxu2(x[i].x & 0x7FFF7FFFu, x[i].y & 0x7FFF7FFFu);
-      const uint32_t high = __vmaxu2(x[i].z & 0x7FFF7FFFu, x[i].w & 0x7FFF7FFFu);
-      most = __vmaxu2(most, __vmaxu2(low, high));
+      // Twice the magnitudes: no sign, and a lowest bit of whatever.
+      most = __vmaxu2(most, __vmaxu2(__vmaxu2(2 * x[i].x, 2 * x[i].y), __vmaxu2(2 * x[i].z, 2 * x[i].w)));
     }
 #pragma unroll
     for (int lanes = kTurnRows; lanes < 32; lanes *= 2) most = __vmaxu2(most, __shfl_xor_sync(0xFFFFFFFFu, most, lanes));
@@ -394,7 +406,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
 #pragma unroll
       for (int i = 1; i < kTeamWarps / 2; ++i) most = __vmaxu2(most, pairs[i]);
     }
-    const uint32_t most_bits = max(most & 0xFFFFu, most >> 16);
+    const uint32_t most_bits = max(most & 0xFFFFu, most >> 16) / 2;
     // The exponent of step + 14, as in a float; not so small that a step has none. (Two digits make at most 32639.)
     const float magnitude = Mma::to_float(most_bits);
     constexpr float kRoom = W::kByBits ? 1.0f : 1.00395f;
@@ -402,30 +414,35 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     const float one_over_step = __uint_as_float((254 + 14 - exponent) << 23);
     auto number = [&](int eight, int column, float magic) {  // in the low 16 bits
       const uint32_t pair = word_of(x[eight], column / 2);
-      return __float_as_uint(fmaf(Mma::to_float(column % 2 == 0 ? pair & 0xFFFFu : pair >> 16), one_over_step, magic));
+      return __float_as_uint(
+          fmaf(column % 2 == 0 ? Mma::to_float(pair & 0xFFFFu) : Mma::upper_to_float(pair, blockIdx.z), one_over_step, magic));
     };
     uint32_t sum = 0;
     if constexpr (W::kByBits) {
-      // Of the numbers i and i + 8 of 16 the low bytes and the high ones in word i; then of their bits p and p + 8 in word p. As integers,
-      // floats with kIntegerFloat are numbers with that as one.
+      // Number i of 16 and number i + 8 in word i; then of their bits p and p + 8 in word p. As integers, floats with kIntegerFloat are
+      // numbers with that as one. 2^15 is added, so that they are not negative, and the upper one of a word makes up for what the lower
+      // one brings with it.
+      constexpr float kLower = kIntegerFloat + 32768.0f, kUpper = kLower - static_cast<float>(kIntegerFloatBits >> 16);
       uint32_t words[2][8];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const uint32_t first = number(2 * half, i, kIntegerFloat), second = number(2 * half + 1, i, kIntegerFloat);
-          words[half][i] = __byte_perm(first, second, 0x5140);
-          sum += first + second;
+          const uint32_t lower = number(2 * half, i, kLower), upper = number(2 * half + 1, i, kUpper);
+          words[half][i] = (upper << 16) + lower;
+          sum += lower + upper;
         }
         transpose_bytes(words[half]);
       }
-      sum -= 32 * __float_as_uint(kIntegerFloat);
+      sum -= 32 * (kIntegerFloatBits + 32768) - 16 * (kIntegerFloatBits >> 16);
 #pragma unroll
       for (int p = 0; p < 8; ++p) {
         const int row = p * kTurnRows + turn_row;
         uint8_t* const place = own_unit + row * 128 + (place_in_row / 4 ^ row % 8) * 16 + place_in_row % 4 * 4;
-        *reinterpret_cast<uint32_t*>(place) = __byte_perm(words[0][p], words[1][p], 0x5410);
-        *reinterpret_cast<uint32_t*>(place + 8 * kTurnRows * 128) = __byte_perm(words[0][p], words[1][p], 0x7632);
+        const uint32_t lower_bits = __byte_perm(words[0][p], words[1][p], 0x6420),
+                       upper_bits = __byte_perm(words[0][p], words[1][p], 0x7531);
+        *reinterpret_cast<uint32_t*>(place) = lower_bits;
+        *reinterpret_cast<uint32_t*>(place + 8 * kTurnRows * 128) = p < 7 ? upper_bits : ~upper_bits;  // without the 2^15
       }
     } else {
       uint8_t* const place = own_unit + team_warp * Kernel::kQuarterBytes + turn_row * 128 + lane / 8 * 4;

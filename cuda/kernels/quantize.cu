@@ -361,6 +361,7 @@ struct BlocksProblem {
   int32_t rows;
   int32_t blocks;     // of a row
   float mean_factor;  // from the sum of squares that registers give to their mean over K
+  float one;          // 1
   float scale_factor, scale_epsilon;
   float gain_over_steps;
   float limit_factor, limit_add;  // of the mask, in registers' units: limit_factor sigma + limit_add
@@ -686,8 +687,8 @@ struct RowBlock {
 };
 
 // From what is loaded to what is written. 16-bit values are rotated by hadamard_tensor_cores, float32 values in the CPU's order of strides,
-// 16 and 32 between the lanes.
-template <DType DTYPE, bool ROTATE>
+// 16 and 32 between the lanes. ASKS_AHEAD: looks at the second line of parameters before the row is summed, so that it comes meanwhile.
+template <DType DTYPE, bool ROTATE, bool ASKS_AHEAD>
 __device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, const RawChunk<DTYPE> (&raw)[4], const RowBlock& block,
                                                 RowSums& sums, int warps) {
   constexpr bool kTensorCores = ROTATE && DTYPE != DType::kFloat32;
@@ -700,6 +701,7 @@ __device__ __forceinline__ void quantize_loaded(const BlocksProblem& problem, co
     for (int i = 0; i < 4; ++i) raw[i].to_floats(x + i * kChunk);
     squares = sum_of_squares(x);
   }
+  if constexpr (ASKS_AHEAD) squares *= problem.one;
   squares = sum_over_warp(block.exists ? squares : 0.0f);
   if constexpr (ROTATE && !kTensorCores) {
     butterfly<kQuadValues, 1>(x);
@@ -821,7 +823,7 @@ __global__ __maxnreg__(PROLOGUE == PrologueKind::kRmsNorm
     }
   }
   launch_dependents();
-  quantize_loaded<DTYPE, ROTATE>(problem, raw, block, sums, warps);
+  quantize_loaded<DTYPE, ROTATE, PREFETCHES>(problem, raw, block, sums, warps);
 }
 
 // Runs quantize_blocks_kernel if this problem is one for it.
@@ -849,6 +851,7 @@ bool quantize_blocks(const char* op, const Quantizer& quantizer, const Problem& 
   blocks.norm_epsilon = problem.prologue.epsilon;
   blocks.one_over_k = 1.0f / static_cast<float>(problem.k);
   blocks.mean_factor = (tensor_cores ? kSquaresOver : 1.0f) / static_cast<float>(problem.k);
+  blocks.one = 1.0f;
   blocks.codes = static_cast<uint8_t*>(problem.output.codes);
   blocks.scale = problem.output.scale;
   blocks.code_sum = problem.output.code_sum;
