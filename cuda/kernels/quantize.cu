@@ -361,7 +361,6 @@ struct BlocksProblem {
   int32_t rows;
   int32_t blocks;     // of a row
   float mean_factor;  // from the sum of squares that registers give to their mean over K
-  float one;          // 1
   float scale_factor, scale_epsilon;
   float gain_over_steps;
   float limit_factor, limit_add;  // of the mask, in registers' units: limit_factor sigma + limit_add
@@ -370,8 +369,8 @@ struct BlocksProblem {
   Layout layout;
   float shift;            // code = rint(x_h/step + shift) + offset
   float boundary_factor;  // of one bit, times scale
+  float one;              // 1, in the second line
   // And what some need.
-  int32_t bits;
   int64_t plane_bytes;
   uint32_t offset, largest_code;    // each twice, in 16 bits
   uint32_t stored_mul, stored_add;  // layout kValues, four bytes: (mul c + add) ^ 0x80 in each
@@ -379,6 +378,7 @@ struct BlocksProblem {
   float inverse_gain;
   float norm_epsilon, one_over_k;
   const uint8_t* norm_weight;
+  int32_t bits;
 };
 
 // The instructions for pairs of a 16-bit type.
