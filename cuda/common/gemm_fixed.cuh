@@ -186,8 +186,8 @@ struct FixedKernel {
   static constexpr int kPlaneBytes = kWarpgroupColumns * W::kStageRowBytes, kStageBytes = W::kPlanes * kPlaneBytes;
   static constexpr int kTeamWarps = W::kUnitColumns * kTurnRows / 1024;  // that make the numbers of kTurnRows rows of a unit
   static constexpr int kTeams = kFixedGroups * 4 / kTeamWarps;
-  // Boxes of w of a warpgroup that are brought to the second cache before the kernel before this one has ended. By one bit, of few rows of
-  // a alone: of more it is not w that is waited for.
+  // Boxes of w of a warpgroup that are brought to the second cache before the kernel before this one has ended. By one bit, where all rows
+  // share one pass through w (up to 8): where they do not, it is not w that is waited for.
   static constexpr int kPrefetched = W::kByBits ? 1 : 2;
   // Behind a ring of w, a would come up to 1 us later: it is asked for first, before barriers are made. Not where it is so little that it
   // is the weight that is waited for.
@@ -300,12 +300,11 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     // Whatever the kernel before this one still writes, goes through the second cache.
     const int groups = static_cast<int>(gridDim.x) >> problem.cluster_log2;  // of rows
     if (W::kByBits && groups == 1) {
-      // What memory has of a would come behind w: it is asked for first, a part of its lines by each block.
+      // What memory, not that cache, holds of a would come behind w: it is asked for first, a part of its lines by each block.
       constexpr int kLineBytes = 128;
-      const int lines = static_cast<int>(rows * (int64_t{2} * problem.k) / kLineBytes), all_blocks = blocks * static_cast<int>(gridDim.y);
-      for (int line = range * blocks + rank + lane * all_blocks; line < lines; line += 32 * all_blocks) {
-        prefetch(problem.x + line * kLineBytes);
-      }
+      const int all_blocks = static_cast<int>(gridDim.x * gridDim.y), block = static_cast<int>(blockIdx.x + gridDim.x * blockIdx.y);
+      const int lines = (2 * rows * problem.k + kLineBytes - 1) / kLineBytes;
+      for (int line = block + lane * all_blocks; line < lines; line += 32 * all_blocks) prefetch(problem.x + line * kLineBytes);
     }
     if (!W::kByBits || groups == 1) {
       Box box = first_box();
@@ -420,8 +419,8 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     uint32_t sum = 0;
     if constexpr (W::kByBits) {
       // Number i of 16 and number i + 8 in word i; then of their bits p and p + 8 in word p. As integers, floats with kIntegerFloat are
-      // numbers with that as one. 2^15 is added, so that they are not negative, and the upper one of a word makes up for what the lower
-      // one brings with it.
+      // numbers with that as one. 2^15 is added, so that they are not negative. Above its 16 bits a lower one then has 0x4B40, which is
+      // taken from the upper one (an even number: ties are rounded alike).
       constexpr float kLower = kIntegerFloat + 32768.0f, kUpper = kLower - static_cast<float>(kIntegerFloatBits >> 16);
       uint32_t words[2][8];
 #pragma unroll

@@ -18,6 +18,7 @@
 // rms_norm needs one more sum over the row first; its weight comes from the cache. Kernels without a prologue have no trace of one.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <type_traits>
 
 #include "common/check.h"
@@ -369,7 +370,7 @@ struct BlocksProblem {
   Layout layout;
   float shift;            // code = rint(x_h/step + shift) + offset
   float boundary_factor;  // of one bit, times scale
-  float one;              // 1, in the second line
+  float one;              // 1: to multiply by it is to ask for this line
   // And what some need.
   int64_t plane_bytes;
   uint32_t offset, largest_code;    // each twice, in 16 bits
@@ -380,6 +381,8 @@ struct BlocksProblem {
   const uint8_t* norm_weight;
   int32_t bits;
 };
+// Parameters begin 16 bytes into a line of 64, on Hopper.
+static_assert((16 + offsetof(BlocksProblem, one)) / 64 == (16 + offsetof(BlocksProblem, mean_factor)) / 64, "the line of mean_factor");
 
 // The instructions for pairs of a 16-bit type.
 template <DType DTYPE>

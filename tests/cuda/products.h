@@ -184,20 +184,21 @@ inline void check_weight_only(Random& random, Grid grid, Layout layout, DType dt
   check_weight_only_of(random, random.normals(m * k), w, dtype, m, n, k, offset);
 }
 
-// Of bfloat16: the largest sums that there are, of numbers with all bits, in both directions; rows of zeros, of numbers too small for a
-// step of their own, and of normal ones. As many products as it takes for every kind to have had a row.
-inline void check_extremes(Random& random, Grid grid, Layout layout, int64_t m, int64_t n, int64_t k) {
-  constexpr float kAllBits = 255.0f * 0x1p-7f, kTiny = 0x1p-130f;
+// The largest sums that there are, of numbers with all bits, in both directions; rows of zeros, of bfloat16 numbers too small for a step of
+// their own, of large ones, and of normal ones. As many products as it takes for every kind to have had a row.
+inline void check_extremes(Random& random, Grid grid, Layout layout, DType dtype, int64_t m, int64_t n, int64_t k) {
+  const bool wide = dtype == DType::kBFloat16;
+  const float all_bits = wide ? 255.0f * 0x1p-7f : 2047.0f * 0x1p-10f, tiny = wide ? 0x1p-130f : 0x1p-24f, large = wide ? 0x1p60f : 0x1p3f;
   constexpr int64_t kKinds = 8;
-  const float rows[] = {kAllBits, -kAllBits, 0.0f, kTiny, 0x1p60f};
+  const float rows[] = {all_bits, -all_bits, 0.0f, tiny, large};
   for (int64_t first = 0; first < kKinds; first += m) {
     std::vector<float> x = random.normals(m * k);
     for (int64_t i = 0; i < m; ++i) {
       const int64_t kind = (first + i) % kKinds;
-      for (int64_t j = 0; j < k && kind < 6; ++j) x[i * k + j] = kind < 5 ? rows[kind] : j % 2 == 0 ? kAllBits : -kAllBits;
+      for (int64_t j = 0; j < k && kind < 6; ++j) x[i * k + j] = kind < 5 ? rows[kind] : j % 2 == 0 ? all_bits : -all_bits;
     }
     for (const Fill fill : {Fill::kTop, Fill::kBottom, Fill::kRandom}) {
-      check_weight_only_of(random, x, Matrix(random, grid, layout, n, k, fill), DType::kBFloat16, m, n, k);
+      check_weight_only_of(random, x, Matrix(random, grid, layout, n, k, fill), dtype, m, n, k);
     }
   }
 }
@@ -243,7 +244,7 @@ inline void check_rows_without_numbers(Random& random, Grid grid, Layout layout,
   const Matrix w(random, grid, layout, n, k);
   std::vector<float> x = random.normals(m * k);
   const OnDevice<uint8_t> finite(to_dtype(x, dtype)), expected(m * n * 2), y(m * n * 2);
-  for (int64_t i = 1; i < m; i += 2) x[i * k + i * 7 % k] = i % 4 == 1 ? INFINITY : NAN;
+  for (int64_t i = 1; i < m; i += 2) x[i * k + (i * 7 + i / 4) % k] = i % 4 == 1 ? INFINITY : NAN;  // in even and odd columns
   const OnDevice<uint8_t> device_x(to_dtype(x, dtype));
   cuda::gemm_weight_only(finite.data(), w.device(), nullptr, expected.data(), dtype, m, n, k, nullptr);
   cuda::gemm_weight_only(device_x.data(), w.device(), nullptr, y.data(), dtype, m, n, k, nullptr);
