@@ -15,7 +15,7 @@ inline constexpr int kChunk = 8;
 inline constexpr float kLargestFloat = 3.402823466e38f;
 // Added to a float of at most 2^22, this leaves the float rounded, ties to even, as an integer in the low bits.
 inline constexpr float kIntegerFloat = 12582912.0f;
-inline constexpr uint32_t kIntegerFloatBits = 0x4B400000u;  // its own
+inline constexpr uint32_t kIntegerFloatBits = 0x4B400000u;  // the bits of that
 
 // The first `count` (at most 8) values at element `index` of `base`, the others 0. vectorized: rows and base allow 16-byte accesses.
 __device__ __forceinline__ void load_chunk(float (&x)[kChunk], const void* base, DType dtype, int64_t index, int count, bool vectorized) {

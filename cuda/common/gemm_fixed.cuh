@@ -137,6 +137,18 @@ struct FixedBytes : FixedCodes {
   static constexpr __device__ Place source(int k, int i) { return {k / 2, 4 * (k % 2) + i}; }
 };
 
+// The second of a pair of numbers. Of bfloat16 ones its bits and zeros are the float: the first one is cleared by a multiplication and an
+// addition, which have units of their own: times 0, plus 0, the second one times 1, minus 0. zero: 0, which the compiler must not know, or
+// it makes these constants anew each time.
+template <typename Mma>
+__device__ __forceinline__ float second_to_float(uint32_t pair, uint32_t zero) {
+  if constexpr (std::is_same_v<Mma, MmaBFloat16>) {
+    return __uint_as_float(Mma::fma(pair, 0x3F800000u ^ zero, 0x80000000u ^ zero));
+  } else {
+    return Mma::to_float(pair >> 16);
+  }
+}
+
 // The 8 x 8 bits of the same byte of all words, transposed. Blocks of 4, 2 bits and bits swap places.
 __device__ __forceinline__ void transpose_bytes(uint32_t (&words)[8]) {
   auto stage = [&](auto distance, uint32_t low) {
@@ -298,15 +310,15 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   if (copies) {
     if (lane == 0) prefetch_tensor_map(&w_map);
     // Whatever the kernel before this one still writes, goes through the second cache.
-    const int groups = static_cast<int>(gridDim.x) >> problem.cluster_log2;  // of rows
-    if (W::kByBits && groups == 1) {
+    const bool one_pass = static_cast<int>(gridDim.x) == blocks;  // through w, for all rows
+    if (W::kByBits && one_pass) {
       // What memory, not that cache, holds of a would come behind w: it is asked for first, a part of its lines by each block.
       constexpr int kLineBytes = 128;
       const int all_blocks = static_cast<int>(gridDim.x * gridDim.y), block = static_cast<int>(blockIdx.x + gridDim.x * blockIdx.y);
       const int lines = (2 * rows * problem.k + kLineBytes - 1) / kLineBytes;
       for (int line = block + lane * all_blocks; line < lines; line += 32 * all_blocks) prefetch(problem.x + line * kLineBytes);
     }
-    if (!W::kByBits || groups == 1) {
+    if (!W::kByBits || one_pass) {
       Box box = first_box();
       for (int i = 0; i < Kernel::kPrefetched && exists(box); ++i, step(box)) tensor_prefetch_5d(&w_map, at(box).at);
     }
@@ -414,7 +426,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     auto number = [&](int eight, int column, float magic) {  // in the low 16 bits
       const uint32_t pair = word_of(x[eight], column / 2);
       return __float_as_uint(
-          fmaf(column % 2 == 0 ? Mma::to_float(pair & 0xFFFFu) : Mma::upper_to_float(pair, blockIdx.z), one_over_step, magic));
+          fmaf(column % 2 == 0 ? Mma::to_float(pair & 0xFFFFu) : second_to_float<Mma>(pair, blockIdx.z), one_over_step, magic));
     };
     uint32_t sum = 0;
     if constexpr (W::kByBits) {

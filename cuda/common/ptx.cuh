@@ -245,11 +245,6 @@ struct MmaBFloat16 {  // 16 bfloat16
   }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
   static __device__ __forceinline__ float to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
-  // Of the upper one of a pair of numbers. The lower one is cleared by a multiplication and an addition: times 0, plus 0, the upper one
-  // times 1, minus 0. zero: 0, which the compiler must not know, or it makes these constants anew each time.
-  static __device__ __forceinline__ float upper_to_float(uint32_t pair, uint32_t zero) {
-    return __uint_as_float(fma(pair, 0x3F800000u ^ zero, 0x80000000u ^ zero));
-  }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -270,7 +265,6 @@ struct MmaFloat16 {  // 16 float16
   }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_float16(low, high); }
   static __device__ __forceinline__ float to_float(uint32_t bits) { return float16_to_float(static_cast<uint16_t>(bits)); }
-  static __device__ __forceinline__ float upper_to_float(uint32_t pair, uint32_t) { return to_float(pair >> 16); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

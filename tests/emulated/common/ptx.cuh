@@ -172,7 +172,6 @@ struct MmaBFloat16 {
   static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fused_pair(a, b, c, bfloat16_to_float, pack_bfloat16); }
   static uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
   static float to_float(uint32_t bits) { return bfloat16_to_float(bits); }
-  static float upper_to_float(uint32_t pair, uint32_t zero) { return __uint_as_float(fma(pair, 0x3F800000u ^ zero, 0x80000000u ^ zero)); }
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply(d, a, b0, b1, [](uint32_t x, uint32_t y) { return product_of_pairs(x, y, bfloat16_to_float); });
   }
@@ -185,7 +184,6 @@ struct MmaFloat16 {
   static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fused_pair(a, b, c, float16_to_float, pack_float16); }
   static uint32_t pack(float low, float high) { return pack_float16(low, high); }
   static float to_float(uint32_t bits) { return float16_to_float(static_cast<uint16_t>(bits)); }
-  static float upper_to_float(uint32_t pair, uint32_t) { return to_float(pair >> 16); }
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply(d, a, b0, b1, [](uint32_t x, uint32_t y) { return product_of_pairs(x, y, float16_to_float); });
   }
