@@ -67,10 +67,11 @@ constexpr int64_t kPairedSteps = 8, kPairedPlaneSteps = 4;
 // Rows up to which the kernel for few rows is faster than wgmma: of bytes and, on Hopper, where its warps unpack a for themselves, of
 // packed codes. (Elsewhere more than 16 rows are not measured.)
 constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
-// Rows of real activations up to which fixed-point numbers of them are faster than a product with the dequantized weight, and weights from
-// which they are faster than rows in registers, where these take one turn. (Making them takes about 1 us.) 1-bit weights are multiplied as
+// Rows of real activations up to which fixed-point numbers of them are faster than a product with the dequantized weight (and, up to
+// kFixedAlwaysRows, than with one that is widened on its way; from there on the times decide), and weights from which they are faster than
+// rows in registers, where these take one turn. (Making them takes about 1 us.) 1-bit weights are multiplied as
 // they are, and then they are faster from the first.
-constexpr int64_t kFixedRows = 256, kFixedWeights = int64_t{1} << 23;
+constexpr int64_t kFixedRows = 256, kFixedAlwaysRows = 64, kFixedWeights = int64_t{1} << 23;
 constexpr int64_t kFixedColumns = 16384, kFixedBitColumns = 32768;  // of K, whose numbers fit in the shared memory of a cluster
 constexpr int64_t kFixedMostN = int64_t{65535} * kFixedTileN;       // a launch can have so many ranges, of a tile each
 constexpr int32_t kHopper = 90;
@@ -314,7 +315,15 @@ bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k) {
   return m <= kFixedRows && (one_bit || m > plan_held(kHopper).rows || n * k >= kFixedWeights);
 }
 
-FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+namespace {
+
+// How many microseconds it takes: as those of its kind.
+struct TimedFixedPlan {
+  FixedPlan plan;
+  double time;
+};
+
+TimedFixedPlan timed_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
   check(plan_fixed(weight, layout, m, n, k), "plan_fixed_split: expected a product that plan_fixed takes, got ", m, " x ", n, " x ", k,
         " by ", to_string(weight), " in layout ", to_string(layout));
   auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -362,12 +371,56 @@ FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int
     }
   }
   check(best.rows > 0, "plan_fixed_split: expected room for the numbers of ", k, " columns in shared memory");  // plan_fixed sees to it
+  return {best, best_time};
+}
+
+struct TimedTile {
+  GemmTile tile;
+  double time;  // in microseconds
+};
+
+TimedTile timed_widened_tile(int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+  constexpr int32_t kBlockK = 64;
+  TimedTile best{};
+  // Microseconds of a wave for kBlockK columns of K, on an H200.
+  auto consider = [&](const TileRow& row, double step_time, int32_t cluster) {
+    const TileRow together = {row.block_m, row.block_n * cluster, "", ""};
+    const int64_t steps = (k + kBlockK - 1) / kBlockK * waves(tiles(together, m, n), std::max(1, sm_count / cluster));
+    const double time = 2 + step_time * static_cast<double>(steps);
+    if (best.tile.kernel != nullptr && time >= best.time) return;
+    best = {{row.kernel, true, row.block_m, row.block_n, kBlockK, cluster, 1, row.reason}, time};
+  };
+  consider(kWgmma256, 0.77, 2);
+  consider(kWgmma128, 0.41, 1);
+  consider(kWgmma192, 0.6, 1);
   return best;
 }
+
+}  // namespace
+
+FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+  return timed_fixed_split(weight, layout, m, n, k, sm_count).plan;
+}
+
+bool plan_widened(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
+  if (m <= plan_weight_only_rows(kHopper) || n == 0 || k == 0 || !has_values(weight) || weight.kind == GridKind::kFp4) return false;
+  if (layout == Layout::kPlanes && (weight.kind != GridKind::kInt || weight.bits > 3)) return false;
+  const bool is_stored_so = layout == Layout::kPacked || layout == Layout::kPlanes || layout == Layout::kCodes;
+  if (!is_stored_so || k % 8 != 0 || row_bytes(layout, k) % 16 != 0) return false;  // rows that the copy engine can read
+  if (!plan_fixed(weight, layout, m, n, k)) return true;
+  // Of so many rows fixed-point numbers take longer than their plan's times, which are fitted to fewer: by bits where they lie, unpacked
+  // planes, nibbles and bytes.
+  const double longer = is_one_bit(weight, layout) ? 1.25 : layout == Layout::kPlanes ? 1.45 : layout == Layout::kPacked ? 1.65 : 2.5;
+  return m > kFixedAlwaysRows &&
+         timed_widened_tile(m, n, k, sm_count).time < longer * timed_fixed_split(weight, layout, m, n, k, sm_count).time;
+}
+
+GemmTile plan_widened_tile(int64_t m, int64_t n, int64_t k, int32_t sm_count) { return timed_widened_tile(m, n, k, sm_count).tile; }
 
 GemmTile plan_weight_only(Grid weight, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count) {
   const GemmTile tile = plan_tile(GemmFamily::kWeightOnly, m, n, k, compute_capability, sm_count);
   const Layout layout = plan_operands(weight, nullptr, Sparsity::kNone).w;
+  if (compute_capability == kHopper && plan_widened(weight, layout, m, n, k, sm_count)) return plan_widened_tile(m, n, k, sm_count);
   if (compute_capability != kHopper || !plan_fixed(weight, layout, m, n, k)) return tile;
   const FixedPlan plan = plan_fixed_split(weight, layout, m, n, k, sm_count);
   const FixedRoom room = fixed_room(is_one_bit(weight, layout), 1, plan.rows);

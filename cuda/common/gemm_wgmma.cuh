@@ -1,11 +1,12 @@
-// The product of many rows of integers on Hopper's wgmma: y[BLOCK_M, BLOCK_N] per tile of a persistent thread block.
+// The product of many rows of integers, or of 16-bit floats by integers, on Hopper's wgmma: y[BLOCK_M, BLOCK_N] per tile of a persistent
+// thread block.
 //
 // Split of the work. Warpgroup 0 starts copies (TMA); two or three others multiply, 64 rows of w each, and make y. The weight is the left
 // operand of the instruction, from registers (wgmma_fragments.cuh); the activation is the right one, straight from shared memory: its rows
 // are the instruction's N. The accumulators hold y transposed; stmatrix turns it on its way to the copy engine.
 //
-// A stage of the ring holds 128 bytes of every row of a (128 int8 or 1024 bits) and as many columns of the rows of w. More warps of
-// warpgroup 0 start the copies of y, one for each multiplying warpgroup, whose warps do not wait for each other while they write.
+// A stage of the ring holds 128 bytes of every row of a (128 int8, 1024 bits or 64 floats) and as many columns of the rows of w. More warps
+// of warpgroup 0 start the copies of y, one for each multiplying warpgroup, whose warps do not wait for each other while they write.
 //
 // Clusters: the two blocks of a pair take neighbouring columns of y and the same rows, and each copies its share of a to both. (With tiles
 // of 128 rows a pair started and ended 0.8 us later, with a barrier of the cluster at its end, and its fewer bytes did not make that good.)
@@ -24,6 +25,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/wgmma_fragments.cuh"
 
@@ -43,7 +45,8 @@ struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
   using Piece = OutputPiece<64>;                                  // of y, that a warpgroup hands over at once, through buffers of its own
   static constexpr int BUFFERS = 2;
   static constexpr int PREFETCHED_STEPS = 4;  // (2 or 8: as fast)
-  static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
+  static constexpr int W_BYTES = BLOCK_N * (Fragments::kPlanes * Fragments::kRowBytes + Fragments::kIndexBytes),
+                       A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int STORES_BYTES = MULTIPLIERS * BUFFERS * Piece::BYTES;
   static constexpr int FACTORS_BYTES = MULTIPLIERS * BLOCK_M * static_cast<int>(sizeof(RowFactors));
@@ -163,7 +166,9 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
     const int group = warpgroup - 1;
     RowFactors* const factors = row_factors + group * BLOCK_M;
     TileMultiplier<Tile> multiplier(ring, group);
-    int32_t accumulators[BLOCK_M / 2];
+    using Accumulator = typename Tile::Mma::Accumulator;
+    constexpr bool kReal = std::is_same_v<Accumulator, float>;
+    Accumulator accumulators[BLOCK_M / 2];
     uint32_t piece_parity = 1;  // of the buffers: at first they are free
     for (int tile = first_tile; tile < tiles; tile += tile_stride) {
       const TileCursor at(problem, tile);
@@ -171,15 +176,17 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
       const int first_n = (at.n_cluster * CLUSTER + rank) * Tile::BLOCK_N + group * kWarpgroupColumns;
 
       // The factors are loaded before the main loop and looked at after it: until then memory has time.
-      const RowLoads<BLOCK_M> row_loads(problem.output, first_m);
+      const std::conditional_t<kReal, NoRowLoads, RowLoads<BLOCK_M>> row_loads(problem.output, first_m);
       const ColumnLoads column_loads(problem.output, first_n, /*adjacent=*/false);
 
       multiplier.multiply(accumulators, ring, problem, steps, 0);
       if (tile + tile_stride >= tiles) launch_dependents();
 
-      named_barrier(group_barrier(group), kWarpgroup);  // all have written what the old factors were for
-      row_loads.store(problem.output, factors);
-      named_barrier(group_barrier(group), kWarpgroup);
+      if constexpr (!kReal) {
+        named_barrier(group_barrier(group), kWarpgroup);  // all have written what the old factors were for
+        row_loads.store(problem.output, factors);
+        named_barrier(group_barrier(group), kWarpgroup);
+      }
       const ColumnFactors columns = column_loads.factors(problem.output);
       if (problem.output.tensor_store) {
 #pragma unroll
@@ -195,7 +202,7 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
       } else {
 #pragma unroll
         for (int j = 0; j < BLOCK_M / 8; ++j) {
-          const int32_t four[4] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
+          const Accumulator four[4] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
           store_group(problem.output, four, factors + 8 * j, columns, first_m + 8 * j, first_n, /*adjacent=*/false);
         }
       }

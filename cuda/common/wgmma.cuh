@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/hopper.cuh"
 
@@ -26,7 +27,13 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <typename T, int COUNT>
 __device__ __forceinline__ void wgmma_owned(T (&d)[COUNT]) {
 #pragma unroll
-  for (T& word : d) asm volatile("" : "+r"(word)::"memory");
+  for (T& word : d) {
+    if constexpr (std::is_same_v<T, float>) {
+      asm volatile("" : "+f"(word)::"memory");
+    } else {
+      asm volatile("" : "+r"(word)::"memory");
+    }
+  }
 }
 
 // New metadata for a sparse product, where the products that used the old have been waited for. The tensor cores read metadata while they
@@ -55,6 +62,12 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
 #define QUEST_D32(d, i) QUEST_D16(d, i), QUEST_D16(d, i + 16)
 #define QUEST_D64(d, i) QUEST_D32(d, i), QUEST_D32(d, i + 32)
 #define QUEST_D128(d, i) QUEST_D64(d, i), QUEST_D64(d, i + 64)
+#define QUEST_F8(d, i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define QUEST_F16(d, i) QUEST_F8(d, i), QUEST_F8(d, i + 8)
+#define QUEST_F32(d, i) QUEST_F16(d, i), QUEST_F16(d, i + 16)
+#define QUEST_F64(d, i) QUEST_F32(d, i), QUEST_F32(d, i + 32)
+#define QUEST_F128(d, i) QUEST_F64(d, i), QUEST_F64(d, i + 64)
 #define QUEST_P8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define QUEST_P16 QUEST_P8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define QUEST_P32 QUEST_P16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -97,8 +110,18 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n32" SHAPE TYPES, 16, "16", "17", "18", "19", "20", "21")         \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n16" SHAPE TYPES, 8, "8", "9", "10", "11", "12", "13")
 
+// Sums in float32.
+#define QUEST_WGMMA_REAL(NAME, COUNT, A0, A1, A2, A3, B, S)                                                                              \
+  static __device__ __forceinline__ void mma(float(&d)[COUNT], const uint32_t(&a)[4], uint64_t b_tile, int32_t accumulate) {             \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" S ", 0;\n" NAME " {" QUEST_P##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B \
+                                                                                          ", p, 1, 1, 0;\n}"                             \
+                 : QUEST_F##COUNT(d, 0)                                                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(accumulate));                                            \
+  }
+
 // kWords: registers of a. kBytes: of each row of b.
 struct WgmmaInt8 {
+  using Accumulator = int32_t;
   static constexpr bool kPlanes = false;
   static constexpr int kWords = 4, kBytes = 32;
   QUEST_WGMMA_FAMILY("k32", ".s32.s8.s8", )
@@ -106,12 +129,14 @@ struct WgmmaInt8 {
 
 // Bytes that are never negative, up to 255.
 struct WgmmaUnsigned {
+  using Accumulator = int32_t;
   static constexpr bool kPlanes = false;
   static constexpr int kWords = 4, kBytes = 32;
   QUEST_WGMMA_FAMILY("k32", ".s32.u8.u8", )
 };
 
 struct WgmmaSparseInt8 {
+  using Accumulator = int32_t;
   static constexpr bool kPlanes = false;
   static constexpr int kWords = 5, kBytes = 64;
   QUEST_WGMMA_SPARSE("wgmma.mma_async.sp.sync.aligned.m64n256k64.s32.s8.u8", 128, "128", "129", "130", "131", "132", "133", "134")
@@ -121,6 +146,7 @@ struct WgmmaSparseInt8 {
 };
 
 struct WgmmaBits {
+  using Accumulator = int32_t;
   static constexpr bool kPlanes = true;
   static constexpr int kWords = 4, kBytes = 32;
   QUEST_WGMMA_FAMILY("k256", ".s32.b1.b1.and.popc", )
@@ -131,7 +157,29 @@ struct WgmmaBits {
   QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n16k256.s32.b1.b1.and.popc", 8, "8", "9", "10")
 };
 
+// 16 columns of 16-bit floats.
+struct WgmmaBFloat16 {
+  using Accumulator = float;
+  static constexpr bool kPlanes = false;
+  static constexpr int kWords = 4, kBytes = 32;
+  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", 128, "128", "129", "130", "131", "132", "133")
+  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", 64, "64", "65", "66", "67", "68", "69")
+};
+struct WgmmaFloat16 {
+  using Accumulator = float;
+  static constexpr bool kPlanes = false;
+  static constexpr int kWords = 4, kBytes = 32;
+  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16", 128, "128", "129", "130", "131", "132", "133")
+  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", 64, "64", "65", "66", "67", "68", "69")
+};
+
 #undef QUEST_WGMMA_FAMILY
+#undef QUEST_WGMMA_REAL
+#undef QUEST_F128
+#undef QUEST_F64
+#undef QUEST_F32
+#undef QUEST_F16
+#undef QUEST_F8
 #undef QUEST_WGMMA_SHARED
 #undef QUEST_WGMMA_SPARSE
 #undef QUEST_WGMMA

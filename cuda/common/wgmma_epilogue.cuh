@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/epilogue.cuh"
 #include "common/tensor_map.h"
@@ -80,6 +81,10 @@ class RowLoads {
   int32_t sum_[kRows];
 };
 
+struct NoRowLoads {  // of real sums
+  __device__ __forceinline__ NoRowLoads(const TileOutput&, int) {}
+};
+
 // Among a warp's 16 columns of y the `i`-th of this lane's two.
 __device__ __forceinline__ int lane_column(bool adjacent, int i) {
   const int g = threadIdx.x % 32 / 4;
@@ -131,11 +136,13 @@ __device__ __forceinline__ void store_four(const Output& y, int first_m, int las
 }
 
 // 8 rows of a warpgroup's tile.
-__device__ __forceinline__ void store_group(const TileOutput& output, const int32_t (&accumulators)[4], const RowFactors* factors,
+template <typename Accumulator>
+__device__ __forceinline__ void store_group(const TileOutput& output, const Accumulator (&accumulators)[4], const RowFactors* factors,
                                             const ColumnFactors& column, int first_m, int first_n, bool adjacent) {
   const Output& y = output.epilogue.output;
   const int warp_n = first_n + threadIdx.x % kWarpgroup / 32 * 16;
   store_four(y, first_m, static_cast<int>(y.m), warp_n, adjacent, [&](int c) {
+    if constexpr (std::is_same_v<Accumulator, float>) return scaled(accumulators[c], 1.0f, column.scale[c / 2], column.bias[c / 2]);
     const RowFactors& row = factors[threadIdx.x % 4 * 2 + c % 2];
     const float product = output.epilogue.product(accumulators[c], row.part, column.part[c / 2]);
     return scaled(product, row.scale, column.scale[c / 2], column.bias[c / 2]);
@@ -143,8 +150,8 @@ __device__ __forceinline__ void store_group(const TileOutput& output, const int3
 }
 
 // The rows from `first` on of a warpgroup's tile to a piece in shared memory. factors: of the tile's rows.
-template <typename Piece, int COUNT>
-__device__ __forceinline__ void write_piece(const TileOutput& output, const int32_t (&accumulators)[COUNT], int first,
+template <typename Piece, typename Accumulator, int COUNT>
+__device__ __forceinline__ void write_piece(const TileOutput& output, const Accumulator (&accumulators)[COUNT], int first,
                                             const RowFactors* factors, const ColumnFactors& column, uint8_t* buffer) {
   const uint32_t mul = output.epilogue.mul;
   const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
@@ -156,11 +163,13 @@ __device__ __forceinline__ void write_piece(const TileOutput& output, const int3
     float low[4], high[4];  // of this thread's pair of rows: in the first 8 of its two columns, then in the second
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 pair = *reinterpret_cast<const uint4*>(factors + first + j + half * 8 + lane % 4 * 2);
+      constexpr bool kReal = std::is_same_v<Accumulator, float>;  // then rows have no factors
+      const uint4 pair = kReal ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(factors + first + j + half * 8 + lane % 4 * 2);
       const int index = (first + j + half * 8) / 2;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        auto value = [&](int32_t accumulator, uint32_t scale, uint32_t part) {
+        auto value = [&](Accumulator accumulator, uint32_t scale, uint32_t part) {
+          if constexpr (kReal) return scaled(accumulator, 1.0f, column.scale[i], column.bias[i]);
           const uint32_t sum = mul * static_cast<uint32_t>(accumulator) + part + column.part[i];
           return scaled(static_cast<float>(static_cast<int32_t>(sum)), __uint_as_float(scale), column.scale[i], column.bias[i]);
         };

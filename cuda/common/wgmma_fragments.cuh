@@ -1,10 +1,12 @@
 // What the products on Hopper's wgmma share: their problem, the weight on its way to the tensor cores, and the loop over K.
 //
 // The weight is the left operand of the instruction and goes through registers, so that it can lie in memory in any width: 4-bit codes are
-// widened there. A step of the main loop takes 128 bytes of every row of a, 128 int8 or 1024 bits, and as many columns of the rows of w.
+// widened there, to bytes or, for real a, to a's type. A step of the main loop takes 128 bytes of every row of a, 128 int8, 1024 bits or 64
+// floats, and as many columns of the rows of w.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/hopper.cuh"
 #include "common/matrix_map.h"
@@ -39,9 +41,14 @@ struct WgmmaProblem {
 // lies there, `widen` makes the words. `offset`: of this lane's bytes in the tile; the copy engine's swizzle turns the step to the next
 // columns into an exclusive or.
 
+// kRowBytes: of a row and a plane in a stage; kPlanes: that it has together; kSteps: that it serves, one after another.
+struct DenseFragments {
+  static constexpr int kIndexBytes = 0, kPlanes = 1, kSteps = 1;
+};
+
 // One byte an integer (flip: 0x80808080 makes c - 128 of 8-bit codes), or 8 bits of a plane.
-struct ByteFragments {
-  static constexpr int kRowBytes = kStepRowBytes, kIndexBytes = 0, kInstructions = 4;
+struct ByteFragments : DenseFragments {
+  static constexpr int kRowBytes = kStepRowBytes, kInstructions = 4;
   using Words = uint32_t[kInstructions][4];
   struct Fetched {
     Words words;
@@ -65,8 +72,8 @@ struct ByteFragments {
 
 // Two 4-bit codes a byte, and a in the order of kEvenOdd: its 32 even columns of 64 meet the low halves of 32 bytes, its odd ones the high
 // halves.
-struct CodeFragments {
-  static constexpr int kRowBytes = kStepRowBytes / 2, kIndexBytes = 0, kInstructions = 4;
+struct CodeFragments : DenseFragments {
+  static constexpr int kRowBytes = kStepRowBytes / 2, kInstructions = 4;
   using Words = uint32_t[kInstructions][4];
   struct Fetched {
     uint32_t codes[kInstructions / 2][4];
@@ -92,8 +99,8 @@ struct CodeFragments {
 };
 
 // Two 4-bit codes a byte, by table, and a in the order of its columns.
-struct TableFragments {
-  static constexpr int kRowBytes = kStepRowBytes / 2, kIndexBytes = 0, kInstructions = 4;
+struct TableFragments : DenseFragments {
+  static constexpr int kRowBytes = kStepRowBytes / 2, kInstructions = 4;
   using Words = uint32_t[kInstructions][4];
   struct Fetched {
     Words codes;  // 4 each
@@ -118,6 +125,129 @@ struct TableFragments {
   }
 };
 
+// Two 4-bit codes a byte, and real a: 16 columns an instruction. A code's bits become those of a number from 16 or 64 on, whose unit they
+// are (16-bit floats are exact there): kBase + c. value_mul, value_add: v = value_mul (kBase + c) + value_add, twice.
+template <typename Real>
+struct RealNibbles : DenseFragments {
+  static constexpr int kRowBytes = kStepRowBytes / 4, kInstructions = 4;
+  static constexpr bool kBFloat16 = std::is_same_v<Real, MmaBFloat16>;
+  static constexpr int kBase = kBFloat16 ? 16 : 64;
+  using Words = uint32_t[kInstructions][4];
+  struct Fetched {
+    uint4 codes[2][2];  // of row g and row g + 8: all of them
+  };
+  static __device__ __forceinline__ uint32_t offset(int first_row) {
+    const int row = first_row + threadIdx.x % 32 / 4;
+    return row * kRowBytes + (row >> 2 & 1) * 16;  // the same swizzle for row + 8
+  }
+  static __device__ __forceinline__ void fetch(Fetched& fetched, uint32_t address) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) fetched.codes[row][i] = load_shared_128((address ^ i * 16) + row * 8 * kRowBytes);
+    }
+  }
+  static __device__ __forceinline__ void widen(Words& words, const Fetched& fetched, const WgmmaProblem& problem) {
+    // Of every word, 8 codes, a lane has two neighbours: byte t.
+    const uint32_t t = threadIdx.x % 4, selector = t | (4 + t) << 8;
+    constexpr uint32_t kMask = kBFloat16 ? 0x00780078u : 0x00F000F0u, kOne = kBFloat16 ? 0x41804180u : 0x54005400u;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const uint32_t codes = word_of(fetched.codes[row][i / 4], i % 4);
+        const uint32_t low = kBFloat16 ? codes << 3 : codes << 4, high = kBFloat16 ? codes >> 1 : codes;
+        const uint32_t numbers = (__byte_perm(low, high, selector) & kMask) | kOne;
+        words[i / 2][i % 2 * 2 + row] = Real::fma(numbers, problem.value_mul, problem.value_add);
+      }
+    }
+  }
+};
+
+// Codes of a byte, and real a. Codes up to 255 are a float32's lowest bits; v is exact in both 16-bit types.
+template <typename Real>
+struct RealBytes : DenseFragments {
+  static constexpr int kRowBytes = kStepRowBytes / 2, kInstructions = 4;
+  static constexpr float kBase = 0x1p23f;
+  using Words = uint32_t[kInstructions][4];
+  struct Fetched {
+    Words codes;  // 2 each
+  };
+  static __device__ __forceinline__ uint32_t offset(int first_row) { return TableFragments::offset(first_row); }
+  static __device__ __forceinline__ void fetch(Fetched& fetched, uint32_t address) {
+#pragma unroll
+    for (int i = 0; i < kInstructions; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) fetched.codes[i][j] = load_shared_16((address ^ i * 16) + j / 2 * 8 + j % 2 * 8 * kRowBytes);
+    }
+  }
+  static __device__ __forceinline__ void widen(Words& words, const Fetched& fetched, const WgmmaProblem& problem) {
+    const float mul = __uint_as_float(problem.value_mul), add = __uint_as_float(problem.value_add);
+#pragma unroll
+    for (int i = 0; i < kInstructions; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        // 2^23 is taken from c first: mul 2^23 + c would be rounded.
+        auto value = [&](int byte) {
+          return fmaf(__uint_as_float(__byte_perm(fetched.codes[i][j], 0x4B000000u, 0x7440 + byte)) - kBase, mul, add);
+        };
+        words[i][j] = Real::pack(value(0), value(1));
+      }
+    }
+  }
+};
+
+// Planes of a weight of 1 to 3 bits, and real a: of every row 16 bytes of each plane, the copy engine's least, of which a step needs the
+// first or the last 8. Numbers as RealNibbles makes them; one bit is a sign.
+template <typename Real, int BITS>
+struct RealPlanes : DenseFragments {
+  static constexpr int kRowBytes = 16, kPlanes = BITS, kSteps = 2, kInstructions = 4;
+  static constexpr bool kBFloat16 = std::is_same_v<Real, MmaBFloat16>;
+  static constexpr int kBase = kBFloat16 ? 16 : 64;
+  using Words = uint32_t[kInstructions][4];
+  struct Fetched {
+    uint2 planes[BITS][2];  // of row g and row g + 8
+  };
+  static __device__ __forceinline__ uint32_t offset(int first_row) { return (first_row + threadIdx.x % 32 / 4) * kRowBytes; }
+  // plane_bytes: of the tile.
+  static __device__ __forceinline__ void fetch(Fetched& fetched, uint32_t address, int plane_bytes) {
+#pragma unroll
+    for (int p = 0; p < BITS; ++p) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) fetched.planes[p][row] = load_shared_64(address + p * plane_bytes + row * 8 * kRowBytes);
+    }
+  }
+  static __device__ __forceinline__ void widen(Words& words, const Fetched& fetched, const WgmmaProblem& problem) {
+    const int shift = threadIdx.x % 4 * 2;  // of every 8 columns a lane has two neighbours
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t shifted[BITS];
+#pragma unroll
+        for (int p = 0; p < BITS; ++p) shifted[p] = (half == 0 ? fetched.planes[p][row].x : fetched.planes[p][row].y) >> shift;
+#pragma unroll
+        for (int byte = 0; byte < 4; ++byte) {
+          // The first bit goes to the low half of a word and the second to the high half: `at`, of both.
+          auto spread = [&](int p, int at) {
+            return ((shifted[p] >> 8 * byte & 0xFFu) * ((1u << at) + (1u << (at + 15)))) & 0x00010001u << at;
+          };
+          uint32_t numbers;
+          if constexpr (BITS == 1) {
+            numbers = spread(0, 15) ^ (kBFloat16 ? 0xBF80BF80u : 0xBC00BC00u);
+          } else {
+            numbers = kBFloat16 ? 0x41804180u : 0x54005400u;
+#pragma unroll
+            for (int p = 0; p < BITS; ++p) numbers |= spread(p, (kBFloat16 ? 3 : 4) + p);
+            numbers = Real::fma(numbers, problem.value_mul, problem.value_add);
+          }
+          words[2 * half + byte / 2][byte % 2 * 2 + row] = numbers;
+        }
+      }
+    }
+  }
+};
+
 // The kept codes of a 4:8 sparse weight, and behind their tile the pair indices: 16 bytes of every row, the copy engine's least, of which a
 // step needs the first or the last 8.
 //
@@ -125,7 +255,7 @@ struct TableFragments {
 // of four, and the index of 64 columns is the instruction's metadata as it is, for both halves. A word of a row holds 8 codes, of the pairs
 // of two groups: its even nibbles are in the first half, its odd ones in the second.
 struct SparseFragments {
-  static constexpr int kRowBytes = kStepRowBytes / 4, kIndexBytes = 16, kInstructions = 2;
+  static constexpr int kRowBytes = kStepRowBytes / 4, kIndexBytes = 16, kPlanes = 1, kSteps = 1, kInstructions = 2;
   using Words = uint32_t[kInstructions][5];
   struct Fetched {
     uint32_t codes[2 * kInstructions];  // of row g and row g + 8 for each instruction
@@ -192,7 +322,7 @@ struct StageRing {
 
   // The rows of w from first_n on, in the columns of a step, to the second cache.
   __device__ __forceinline__ void prefetch(const CUtensorMap& w_map, int k_tile, const StepCursor& step, int first_n) const {
-    const int byte = k_tile * Tile::Fragments::kRowBytes;
+    const int byte = w_byte(k_tile);
     if constexpr (Tile::ORDERS_ROWS) {
       tensor_prefetch_5d(&w_map, weight_at(byte, first_n, step.w_plane, evens_first).at);
     } else {
@@ -209,7 +339,7 @@ struct StageRing {
     barrier_wait(&empty[stage], parity ^ 1);
     barrier_expect(&full[stage], copied_bytes);
     uint8_t* const w_tile = a_tile() + Tile::A_BYTES;
-    load_rows(w_tile, w_map, k_tile * Fragments::kRowBytes, first_n, step.w_plane);
+    load_rows(w_tile, w_map, w_byte(k_tile), first_n, step.w_plane);
     if constexpr (Fragments::kIndexBytes > 0) {
       load_rows(w_tile + Tile::BLOCK_N * Fragments::kRowBytes, index_map, k_tile / 2 * Fragments::kIndexBytes, first_n, 0);
     }
@@ -219,6 +349,7 @@ struct StageRing {
   }
 
  private:
+  static __device__ __forceinline__ int w_byte(int k_tile) { return k_tile / Tile::Fragments::kSteps * Tile::Fragments::kRowBytes; }
   // Of w or of its index.
   __device__ __forceinline__ void load_rows(uint8_t* target, const CUtensorMap& map, int byte, int first_n, int plane) const {
     if constexpr (Tile::ORDERS_ROWS) {
@@ -248,8 +379,8 @@ class TileMultiplier {
   }
 
   // The sums of a tile, from every K_GROUPS-th of the ring's next stages, which go back. first_k_tile: of the steps.
-  __device__ __forceinline__ void multiply(int32_t (&accumulators)[Tile::BLOCK_M / 2], StageRing<Tile>& ring, const WgmmaProblem& problem,
-                                           const Steps& steps, int first_k_tile) {
+  __device__ __forceinline__ void multiply(typename Tile::Mma::Accumulator (&accumulators)[Tile::BLOCK_M / 2], StageRing<Tile>& ring,
+                                           const WgmmaProblem& problem, const Steps& steps, int first_k_tile) {
     const int count = steps.count();
     StepCursor cursor(steps);
     // The products of the stage whose words are in `now`; meanwhile the words of the next stage are loaded.
@@ -267,11 +398,13 @@ class TileMultiplier {
       if (i + 1 < count) {
         ring.advance(Tile::K_GROUPS);
         load(next, ring, problem, first_k_tile + i + 1);
-        if (Tile::Mma::kPlanes && cursor.advance()) {
-          wgmma_wait<0>();
-          wgmma_owned(accumulators);
+        if constexpr (Tile::Mma::kPlanes) {
+          if (cursor.advance()) {
+            wgmma_wait<0>();
+            wgmma_owned(accumulators);
 #pragma unroll
-          for (int32_t& accumulator : accumulators) accumulator *= 2;
+            for (int32_t& accumulator : accumulators) accumulator *= 2;
+          }
         }
       }
     };
@@ -293,6 +426,9 @@ class TileMultiplier {
     typename Fragments::Fetched fetched;
     if constexpr (kSparse) {
       Fragments::fetch(fetched, fragment_address_ + offset, index_address_ + offset + k_tile % 2 * (Fragments::kIndexBytes / 2));
+    } else if constexpr (Fragments::kSteps > 1) {
+      constexpr int kStepBytes = Fragments::kRowBytes / Fragments::kSteps;
+      Fragments::fetch(fetched, fragment_address_ + offset + k_tile % Fragments::kSteps * kStepBytes, Tile::BLOCK_N * Fragments::kRowBytes);
     } else {
       Fragments::fetch(fetched, fragment_address_ + offset);
     }

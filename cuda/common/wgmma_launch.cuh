@@ -23,8 +23,10 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
   const Output& output = problem.output.epilogue.output;
   const int64_t m = output.m, n = output.n;
   const bool planes = w.layout == Layout::kPlanes;
-  const int64_t a_row_bytes = row_bytes(a.layout, k), w_row_bytes = row_bytes(w.layout, w.index != nullptr ? k / 2 : k);
-  problem.steps = {static_cast<int>((a_row_bytes + kStepRowBytes - 1) / kStepRowBytes), planes ? a.grid.bits : 1, planes ? w.grid.bits : 1};
+  constexpr bool kReal = std::is_same_v<typename Tile::Mma::Accumulator, float>;
+  const int64_t a_row_bytes = kReal ? 2 * k : row_bytes(a.layout, k), w_row_bytes = row_bytes(w.layout, w.index != nullptr ? k / 2 : k);
+  problem.steps = {static_cast<int>((a_row_bytes + kStepRowBytes - 1) / kStepRowBytes), planes && !kReal ? a.grid.bits : 1,
+                   planes && !kReal ? w.grid.bits : 1};
   const int64_t tiles_m = (m + block_m - 1) / block_m, clusters_n = (n + cluster_n - 1) / cluster_n;
   // Room for the rows of the last tile that y does not have.
   constexpr int64_t kMostRows = INT32_MAX - 256;
@@ -37,7 +39,8 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
   constexpr uint32_t kRowBytes = Fragments::kRowBytes;
   constexpr CUtensorMapSwizzle w_swizzle = kRowBytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                            : kRowBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                             : CU_TENSOR_MAP_SWIZZLE_32B;
+                                           : kRowBytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                                             : CU_TENSOR_MAP_SWIZZLE_NONE;
   // Of a only rows that there are, up to whole groups of 8: the copy engine takes as long for others. (What lies in their place is
   // multiplied, but no row of y is made of it.)
   const auto a_rows = static_cast<uint32_t>(std::min<int64_t>(block_m / Tile::CLUSTER, (m + 7) / 8 * 8));
@@ -49,7 +52,7 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
     return Tile::ORDERS_ROWS ? weight_map(op, data, n, planes, row_bytes, box, output.adjacent())
                              : matrix_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data, row_bytes, n, planes, row_bytes, box);
   };
-  maps.w = rows_map(w.data, problem.steps.w_planes, w_row_bytes, {kRowBytes, Tile::BLOCK_N, w_swizzle});
+  maps.w = rows_map(w.data, planes ? w.grid.bits : 1, w_row_bytes, {kRowBytes, Tile::BLOCK_N, w_swizzle, Fragments::kPlanes});
   maps.index = maps.w;  // of no use to a dense weight
   if constexpr (Fragments::kIndexBytes > 0) {
     maps.index = rows_map(w.index, 1, index_row_bytes(k), {Fragments::kIndexBytes, Tile::BLOCK_N, CU_TENSOR_MAP_SWIZZLE_NONE});

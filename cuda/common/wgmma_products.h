@@ -33,4 +33,8 @@ bool gemm_sparse_wgmma(const char* op, const Operand& a, const Operand& w, const
 bool gemm_weight_only_wgmma(const char* op, const void* x, const Operand& w, const Output& output, int64_t k, const Device& device,
                             cudaStream_t stream);
 
+// x: many rows of 16-bit floats, w: on a grid of integers (gemm_wgmma.cuh).
+bool gemm_widened_wgmma(const char* op, const void* x, const Operand& w, const Output& output, int64_t k, const Device& device,
+                        cudaStream_t stream);
+
 }  // namespace quest::cuda

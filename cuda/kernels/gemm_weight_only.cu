@@ -1,9 +1,9 @@
 // gemm_weight_only: y = x (s_w level(c_w))^T + bias for real x. Codes are widened to x's type in registers, the row scale is applied to the
 // sum.
 //
-// bfloat16 and float16: on Hopper most products of up to 256 rows take x as fixed-point numbers (gemm_weight_only_wgmma.cu). Others: tensor
-// cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 or 8 at a time, or the tiled one of all families. Integer levels of
-// up to 8 bits are exact in both types; gauss levels are rounded to them.
+// bfloat16 and float16: on Hopper most products of few rows take x as fixed-point numbers (gemm_weight_only_wgmma.cu), and most of more
+// rows are gemm_widened_wgmma.cu's. Others: tensor cores with float32 sums; the kernel for few rows (gemm_held.cuh), 16 or 8 at a time, or
+// the tiled one of all families. Integer levels of up to 8 bits are exact in both types; gauss levels are rounded to them.
 // float32: fused multiply-adds in float32, 32 x 64 of y per thread block.
 #include <cuda_fp16.h>
 
@@ -303,7 +303,8 @@ __global__ __launch_bounds__(kBiasThreads) void add_bias_kernel(const float* bia
 bool weight_only_dequantizes(const Operand& w, DType dtype, int64_t m, int64_t n, int64_t k) {
   if (dtype == DType::kFloat32 || k == 0) return false;
   const Device device = current_device("gemm_weight_only");
-  return m > plan_weight_only_rows(device.compute_capability) && !(device.hopper_code && plan_fixed(w.grid, w.layout, m, n, k));
+  return m > plan_weight_only_rows(device.compute_capability) &&
+         !(device.hopper_code && (plan_fixed(w.grid, w.layout, m, n, k) || plan_widened(w.grid, w.layout, m, n, k, device.sm_count)));
 }
 
 void add_bias(const float* bias, void* y, DType dtype, int64_t m, int64_t n, cudaStream_t stream) {
@@ -326,6 +327,7 @@ void gemm_weight_only(const void* x, const Operand& w, const float* bias, void* 
            is_aligned(x, 16) && k % 8 == 0, w_rows, epilogue);
     return;
   }
+  if (gemm_widened_wgmma(op, x, w, epilogue.output, k, device, stream)) return;
   if (gemm_weight_only_wgmma(op, x, w, epilogue.output, k, device, stream)) return;
   const bool bfloat16 = dtype == DType::kBFloat16;
   if (bfloat16 ? weight_only_held<MmaBFloat16>(op, x, w, epilogue, k, device, stream)

@@ -73,9 +73,23 @@ TEST(Plan, FixedPointNumbers) {
   };
   EXPECT_EQ(kernel(bit, 1, 90), "fixed");
   EXPECT_EQ(kernel(bit, 1, 80), "held");
-  EXPECT_EQ(kernel(nibble, 256, 90), "fixed");
+  EXPECT_EQ(kernel(nibble, 64, 90), "fixed");
   EXPECT_EQ(kernel({GridKind::kGauss, 4}, 16, 90), "held");
-  EXPECT_EQ(kernel(nibble, 257, 90), "m128n128");
+  EXPECT_EQ(kernel(nibble, 257, 80), "m128n128");
+
+  // More rows meet weights that are widened on their way, if the copy engine can read these and they are integers: the sooner, the wider
+  // these are, and the more tiles there are.
+  EXPECT_EQ(kernel(nibble, 96, 90), "wgmma_m128n128");
+  EXPECT_EQ(kernel(bit, 128, 90), "fixed");
+  EXPECT_EQ(plan_weight_only(nibble, 128, 4096, 4096, 90, 132).kernel, std::string("fixed"));
+  EXPECT_EQ(kernel(nibble, 4096, 90), "wgmma_m256n128");
+  EXPECT_EQ(plan_widened_tile(512, 4096, 4096, 132).block_m, 128);  // 128 tiles instead of 64, in pairs
+  EXPECT_TRUE(plan_widened(bit, Layout::kPlanes, 300, 64, 136, 132));
+  EXPECT_FALSE(plan_widened(bit, Layout::kPlanes, 256, 64, 136, 132));
+  EXPECT_FALSE(plan_widened(nibble, Layout::kPacked, 300, 64, 44, 132));
+  EXPECT_TRUE(plan_widened({GridKind::kInt, 8}, Layout::kCodes, 300, 64, 48, 132));
+  EXPECT_EQ(kernel({GridKind::kGauss, 4}, 4096, 90), "m128n128");
+  EXPECT_EQ(kernel({GridKind::kFp4, 4}, 4096, 90), "m128n128");
   EXPECT_EQ(plan_weight_only(bit, 8, 12288, 4096, 90, 132).split_k, 2);
 }
 

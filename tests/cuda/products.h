@@ -131,7 +131,8 @@ struct Shape {
 
 // Whether this GPU takes x as fixed-point numbers.
 inline bool is_fixed(Grid grid, Layout layout, int64_t m, int64_t n, int64_t k) {
-  return cuda::current_device("is_fixed").hopper_code && plan_fixed(grid, layout, m, n, k);
+  const cuda::Device device = cuda::current_device("is_fixed");
+  return device.hopper_code && plan_fixed(grid, layout, m, n, k) && !plan_widened(grid, layout, m, n, k, device.sm_count);
 }
 
 // |y - y_ref| for float32 sums of k products in any order: each of about k additions and one product rounds to 2^-24 of sums that are at

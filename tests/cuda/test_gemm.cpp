@@ -682,6 +682,22 @@ TEST_F(GemmWeightOnly, WholeNumbersAreExact) {
   }
 }
 
+// More rows than become fixed-point numbers: weights are widened on their way to the tensor cores.
+TEST_F(GemmWeightOnly, ManyRows) {
+  Random random(32);
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const Shape& s : {Shape{257, 70, 224}, Shape{300, 264, 96}, Shape{520, 200, 1152}, Shape{1300, 130, 640}, Shape{70, 12296, 128}}) {
+      for (const int32_t bits : {1, 2, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, s.m, s.n, s.k);
+      for (const Grid grid : {Grid{GridKind::kInt, 4}, Grid{GridKind::kIntZero, 4}}) {
+        check_weight_only(random, grid, Layout::kPacked, dtype, s.m, s.n, s.k);
+      }
+      for (const Grid grid : {Grid{GridKind::kInt, 7}, Grid{GridKind::kInt, 8}, Grid{GridKind::kIntZero, 8}}) {
+        check_weight_only(random, grid, Layout::kCodes, dtype, s.m, s.n, s.k);
+      }
+    }
+  }
+}
+
 TEST_F(GemmWeightOnly, Extremes) {
   Random random(28);
   for (const int64_t m : {8, 24}) {

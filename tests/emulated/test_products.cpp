@@ -91,6 +91,32 @@ TEST(Emulated, FixedPoint) {
   }
 }
 
+TEST(Emulated, WidenedWeights) {
+  Random random(31);
+  // Every tile, beyond y's edges too.
+  emulated::multiprocessors = 2;
+  for (const auto& [block_m, block_n, s] :
+       {std::tuple{256, 128, Shape{400, 250, 96}}, std::tuple{128, 192, Shape{270, 380, 96}}, std::tuple{128, 128, Shape{258, 128, 96}}}) {
+    const GemmTile tile = plan_widened_tile(s.m, s.n, s.k, emulated::multiprocessors);
+    EXPECT_EQ(tile.block_m, block_m);
+    EXPECT_EQ(tile.block_n, block_n);
+    check_weight_only(random, kInt4Grid, Layout::kPacked, DType::kBFloat16, s.m, s.n, s.k);
+  }
+  emulated::multiprocessors = 3;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const Shape& s : {Shape{300, 264, 96}, Shape{257, 70, 224}}) {
+      check_weight_only(random, kInt4Grid, Layout::kPacked, dtype, s.m, s.n, s.k);
+    }
+  }
+  check_weight_only(random, {GridKind::kIntZero, 4}, Layout::kPacked, DType::kBFloat16, 260, 65, 64);
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int32_t bits : {1, 2, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, 260, 65, 200);
+    for (const Grid grid : {Grid{GridKind::kInt, 7}, kInt8Grid, Grid{GridKind::kIntZero, 8}}) {
+      check_weight_only(random, grid, Layout::kCodes, dtype, 260, 65, 176);
+    }
+  }
+}
+
 TEST(Emulated, FixedPointExtremes) {
   emulated::multiprocessors = 4;
   Random random(8);

@@ -104,8 +104,8 @@ HeldPlan plan_held(int32_t compute_capability);
 // Rows of real activations of 16-bit types up to which that kernel, some at a time, is faster than a product with the dequantized weight.
 int64_t plan_weight_only_rows(int32_t compute_capability);
 
-// Whether Hopper's kernel that makes fixed-point numbers of few rows of real activations, some at a time, takes a product: where it is
-// faster than the kernel above, or than a product with the dequantized weight.
+// Whether Hopper's kernel that makes fixed-point numbers of few rows of real activations, some at a time, can take a product, and is faster
+// than the kernel above, or than a product with the dequantized weight. (plan_widened comes first.)
 bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k);
 
 // How it divides a product: among clusters of thread blocks, which have so many rows of a and one of so many ranges of w; and along K among
@@ -133,6 +133,11 @@ constexpr FixedRoom fixed_room(bool one_bit, int32_t planes, int32_t rows) {
   return {unit_columns, rows * (2 * unit_columns + 8), kFixedTileN * box_row * planes, 4 * ((rows + 7) / 8), 512, 2 * kFixedTileN * 4,
           1552};
 }
+
+// Whether Hopper's kernel of large tiles takes a product of real activations of 16-bit types, whose weight it widens on its way to the
+// tensor cores: of more rows than the kernels above take, or where it is faster than they are. And its tile.
+bool plan_widened(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count);
+GemmTile plan_widened_tile(int64_t m, int64_t n, int64_t k, int32_t sm_count);
 
 // The product of real activations by a weight in its layout of plan_operands, as plan_tile for the families above.
 GemmTile plan_weight_only(Grid weight, int64_t m, int64_t n, int64_t k, int32_t compute_capability, int32_t sm_count);

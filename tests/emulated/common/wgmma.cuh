@@ -30,14 +30,14 @@ inline uint8_t register_byte(int row, int byte) {
 }
 
 // d[i] of this thread += dot(row of a, row of b); show: before the warpgroup meets.
-template <int COUNT, typename Show, typename Dot>
-void multiply_warpgroup(int32_t (&d)[COUNT], int32_t accumulate, Show show, Dot dot) {
+template <typename Sum, int COUNT, typename Show, typename Dot>
+void multiply_warpgroup(Sum (&d)[COUNT], int32_t accumulate, Show show, Dot dot) {
   const int thread = threadIdx.x % emulated::kWarpgroup, group = thread % 32 / 4, t = thread % 4, row = thread / 32 * 16 + group;
   emulated::block->sync_warpgroup(threadIdx.x);
   show(row, t);
   emulated::block->sync_warpgroup(threadIdx.x);
   for (int i = 0; i < COUNT; ++i) {
-    const int32_t product = dot(row + i % 4 / 2 * 8, i / 4 * 8 + 2 * t + i % 2);
+    const Sum product = dot(row + i % 4 / 2 * 8, i / 4 * 8 + 2 * t + i % 2);
     d[i] = (accumulate != 0 ? d[i] : 0) + product;
   }
   emulated::block->sync_warpgroup(threadIdx.x);
@@ -50,6 +50,7 @@ void show_words(const uint32_t (&a)[WORDS], int row, int t) {
 
 template <typename Byte>
 struct WgmmaBytes {
+  using Accumulator = int32_t;
   static constexpr bool kPlanes = false;
   static constexpr int kWords = 4, kBytes = 32;
   template <int COUNT>
@@ -69,6 +70,7 @@ using WgmmaInt8 = WgmmaBytes<int8_t>;
 using WgmmaUnsigned = WgmmaBytes<uint8_t>;
 
 struct WgmmaSparseInt8 {
+  using Accumulator = int32_t;
   static constexpr bool kPlanes = false;
   static constexpr int kWords = 5, kBytes = 64;
   template <int COUNT>
@@ -91,7 +93,31 @@ struct WgmmaSparseInt8 {
   }
 };
 
+// 16-bit floats.
+template <typename Type>
+struct WgmmaReals {
+  using Accumulator = float;
+  static constexpr bool kPlanes = false;
+  static constexpr int kWords = 4, kBytes = 32;
+  template <int COUNT>
+  static void mma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b_tile, int32_t accumulate) {
+    multiply_warpgroup(
+        d, accumulate, [&](int row, int t) { show_words(a, row, t); },
+        [&](int m, int n) {
+          float sum = 0;
+          for (int k = 0; k < kBytes; k += 2) {
+            sum += Type::to_float(register_byte(m, k) | register_byte(m, k + 1) << 8) *
+                   Type::to_float(tile_byte(b_tile, n, k) | tile_byte(b_tile, n, k + 1) << 8);
+          }
+          return sum;
+        });
+  }
+};
+using WgmmaBFloat16 = WgmmaReals<MmaBFloat16>;
+using WgmmaFloat16 = WgmmaReals<MmaFloat16>;
+
 struct WgmmaBits {
+  using Accumulator = int32_t;
   static constexpr bool kPlanes = true;
   static constexpr int kWords = 4, kBytes = 32;
   template <int COUNT>

@@ -3,9 +3,9 @@
 // All pointers are device memory. Asynchronous on `stream`; no workspace; the same operands give the same bits in every run.
 // kPacked and kPlanes operands and indices must start at a multiple of 16 bytes; other operands are fastest when they do and 16 bytes
 // divide a row. Integer sums are exact. gemm_weight_only of bfloat16 or float16 rounds the levels of a gauss grid to that type (other
-// levels are exact in it). On Hopper, where plan_fixed says so, it takes x as fixed-point numbers of 16 bits (15 for 8-bit weights),
-// in which a bfloat16 of at least 2^-6 (2^-5) of the largest magnitude in its 512 or 1024 columns is exact, a float16 of
-// at least 2^-3 (2^-2), and what is smaller is off by about 2^-15 (2^-14) of the largest; a row with a NaN or an infinity gives NaN.
+// levels are exact in it). On Hopper, where plan_fixed says so and plan_widened does not, it takes x as fixed-point numbers of 16 bits (15
+// for 8-bit weights), in which a bfloat16 of at least 2^-6 (2^-5) of the largest magnitude in its 512 or 1024 columns is exact, a float16
+// of at least 2^-3 (2^-2), and what is smaller is off by about 2^-15 (2^-14) of the largest; a row with a NaN or an infinity gives NaN.
 #pragma once
 
 #include <cuda_runtime_api.h>
