@@ -55,21 +55,20 @@ class Codes {
         rows_(rows),
         bytes_(stored_bytes(grid, sparsity, layout, rows, k)),
         index_bytes_(sparsity == Sparsity::kFourEight ? rows * index_row_bytes(k) : 0),
+        factor_bytes_(round_up(rows * 4, kAlignment)),
         data_(bytes_ * copies),
-        scale_(rows * 4),
-        sum_(rows * 4),
+        scale_(factor_bytes_ * copies),
+        sum_(factor_bytes_ * copies),
         index_(index_bytes_ * copies) {
     Quantizer quantizer = parse_quantizer(to_string(grid) + "-none-ste");
     quantizer.sparsity = sparsity;
     for (int copy = 0; copy < copies; ++copy) {
       cuda::quantize(quantizer, layout, arena.source, DType::kBFloat16, rows, k,
-                     {data_.as() + copy * bytes_, scale_.as<float>(), sum_.as<int32_t>(), nullptr, index(copy)}, nullptr);
+                     {data_.as() + copy * bytes_, scale(copy), sum(copy), nullptr, index(copy)}, nullptr);
     }
     check(cudaDeviceSynchronize(), "quantizing the operands");
   }
-  Operand device(int copy) const {
-    return {grid_, layout_, data_.as() + copy * bytes_, scale_.as<float>(), sum_.as<int32_t>(), index(copy)};
-  }
+  Operand device(int copy) const { return {grid_, layout_, data_.as() + copy * bytes_, scale(copy), sum(copy), index(copy)}; }
 
   // The first copy on the host; the vectors keep what the operand points to.
   struct Host {
@@ -92,11 +91,13 @@ class Codes {
   }
 
  private:
+  float* scale(int copy) const { return reinterpret_cast<float*>(scale_.as() + copy * factor_bytes_); }
+  int32_t* sum(int copy) const { return reinterpret_cast<int32_t*>(sum_.as() + copy * factor_bytes_); }
   uint8_t* index(int copy) const { return index_bytes_ > 0 ? index_.as() + copy * index_bytes_ : nullptr; }
 
   Grid grid_;
   Layout layout_;
-  int64_t rows_, bytes_, index_bytes_;
+  int64_t rows_, bytes_, index_bytes_, factor_bytes_;
   Buffer data_, scale_, sum_, index_;
 };
 

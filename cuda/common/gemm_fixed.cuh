@@ -381,12 +381,16 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   const int team_warp = threadIdx.x % kTeamThreads / 32, turn_row = lane % kTurnRows,
             place_in_row = team_warp * kRowLanes + lane / kTurnRows;
   auto team_barrier = [&] { kTeamWarps == 1 ? __syncwarp() : named_barrier(2 + team, kTeamThreads); };
+  // What comes from memory does so behind all of w that has been asked for: a warp loads the scales and biases of its own columns, and
+  // waits for them where it uses them.
+  if (k_group == 0) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < tiles * kWarpgroupColumns; i += kFixedGroups * kWarpgroup) {
-    const bool exists = first_n + i < y.n;
-    const int n = exists ? first_n + i : 0;
-    cp_async_4(&scales[i], problem.w_scale + n, exists);
-    if (y.bias != nullptr) cp_async_4(&biases[i], y.bias + n, exists);
+    for (int tile = first_tile; tile < tiles; tile += tile_stride) {
+      const int i = tile * kWarpgroupColumns + warp * 16 + lane % 16, n = first_n + i;
+      const float* const source = lane < 16 ? problem.w_scale : y.bias;
+      const bool exists = n < y.n && source != nullptr;
+      cp_async_4(lane < 16 ? &scales[i] : &biases[i], exists ? source + n : problem.w_scale, exists);
+    }
   }
   cp_async_commit();
   cp_async_wait<1>();
@@ -531,6 +535,8 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   last.index = -1;
   auto finish = [&] {
     if (last.index < 0 || k_group > 0) return;
+    cp_async_wait<0>();
+    __syncwarp();
     if (senders > 0) barrier_wait(&head.sent[last.index], 0);
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
@@ -546,7 +552,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
       const int first = last.index * kWarpgroupColumns + warp * 16;
       store_four(y, first_row + 8 * j, first_row + rows, first_n + first, adjacent, [&](int c) {
         const int column = first + lane_column(adjacent, c / 2);
-        return scaled(sums[c], 1.0f, scales[column], y.bias != nullptr ? biases[column] : 0.0f);
+        return scaled(sums[c], 1.0f, scales[column], biases[column]);
       });
     }
   };
@@ -555,9 +561,8 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   if constexpr (!W::kByBits) {
     if (first_tile < tiles && k_group < units) unpack(even, 0);
   }
-  cp_async_wait<0>();
   async_proxy_fence();
-  named_barrier(1, kFixedGroups * kWarpgroup);  // all numbers are there, and the scales
+  named_barrier(1, kFixedGroups * kWarpgroup);  // all numbers are there
   if (blocks > 1) cluster_wait();               // for the other blocks' barriers
   for (int tile = first_tile; tile < tiles; tile += tile_stride) {
     float sums[kEights][4];

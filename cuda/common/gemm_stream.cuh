@@ -104,10 +104,10 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
   shared += kStreamGroups * problem.slots * kStreamSlotBytes;
   int4* const received = reinterpret_cast<int4*>(shared);  // [tile][sender][own part][lane]
   shared += tiles * kStreamSenders * own_parts * kStreamPartBytes;
-  // Of the columns and rows of y; parts are code sums first, then what these become of the sum.
+  // Of the columns and rows of y; row_parts are code sums first, then what these become of the sum.
   float* const column_scales = reinterpret_cast<float*>(shared);
-  uint32_t* const column_parts = reinterpret_cast<uint32_t*>(column_scales + tiles * kStreamTileN);
-  float* const biases = reinterpret_cast<float*>(column_parts + tiles * kStreamTileN);
+  int32_t* const column_sums = reinterpret_cast<int32_t*>(column_scales + tiles * kStreamTileN);
+  float* const biases = reinterpret_cast<float*>(column_sums + tiles * kStreamTileN);
   shared += tiles * kStreamColumnBytes;
   float* const row_scales = reinterpret_cast<float*>(shared);
   uint32_t* const row_parts = reinterpret_cast<uint32_t*>(row_scales + ROWS);
@@ -185,23 +185,24 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
     const bool summed = exists && epilogue.a.weight != 0;
     cp_async_4(&row_parts[threadIdx.x], epilogue.a.code_sum + (summed ? m : 0), summed);
   }
+  cp_async_commit();
+  // What comes from memory does so behind all of w that has been asked for: a warp loads the factors of the columns that it is to write,
+  // and waits for them where it uses them.
 #pragma unroll 1
-  for (int i = threadIdx.x; i < tiles * kStreamTileN; i += kStreamGroups * kWarpgroup) {
-    const bool exists = first_n + i < y.n, summed = exists && epilogue.w.weight != 0, biased = exists && y.bias != nullptr;
-    const int n = first_n + i;
-    cp_async_4(&column_scales[i], epilogue.w_scale + (exists ? n : 0), exists);
-    cp_async_4(&column_parts[i], epilogue.w.code_sum + (summed ? n : 0), summed);
-    cp_async_4(&biases[i], y.bias + (biased ? n : 0), biased);
+  for (int tile = first_tile; tile < tiles; tile += kTilesAtOnce) {
+    if (adder_of(tile) != k_group) continue;
+    const int i = tile * kStreamTileN + warp * 16 + lane % 16, n = first_n + i;
+    const bool exists = n < y.n, first = lane < 16;
+    const bool summed = exists && epilogue.w.weight != 0, biased = exists && y.bias != nullptr;
+    if (first) cp_async_4(&column_scales[i], epilogue.w_scale + (exists ? n : 0), exists);
+    if (first) cp_async_4(&biases[i], y.bias + (biased ? n : 0), biased);
+    if (!first) cp_async_4(&column_sums[i], epilogue.w.code_sum + (summed ? n : 0), summed);
   }
   cp_async_commit();
-  cp_async_wait<0>();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < tiles * kStreamTileN; i += kStreamGroups * kWarpgroup) {
-    column_parts[i] = epilogue.column_of(static_cast<int32_t>(column_parts[i]));
-  }
+  cp_async_wait<1>();
   if (threadIdx.x < ROWS) row_parts[threadIdx.x] = epilogue.row_of(static_cast<int32_t>(row_parts[threadIdx.x]));
   async_proxy_fence();
-  named_barrier(1, kStreamGroups * kWarpgroup);  // all of a is there, and the factors
+  named_barrier(1, kStreamGroups * kWarpgroup);  // all of a is there, and its factors
   cluster_wait();                                // for the other block's barriers
 
   int slot = 0;
@@ -258,6 +259,8 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
       }
     }
     if (before >= 0 && adder_of(before) == k_group) {
+      cp_async_wait<0>();
+      __syncwarp();
       barrier_wait(&sent[before], 0);
 #pragma unroll 1
       for (int j = 0; j < eights; ++j) {
@@ -273,8 +276,8 @@ __global__ __launch_bounds__(kStreamThreads, 1) void gemm_stream_kernel(const __
         const int first = before * kStreamTileN + warp * 16;
         store_four(y, 8 * j, rows, first_n + first, adjacent, [&](int c) {
           const int m = 8 * j + lane % 4 * 2 + c % 2, column = first + lane_column(adjacent, c / 2);
-          const float product = epilogue.product(static_cast<int32_t>(sums[c]), row_parts[m], column_parts[column]);
-          return scaled(product, row_scales[m], column_scales[column], y.bias != nullptr ? biases[column] : 0.0f);
+          const float product = epilogue.product(static_cast<int32_t>(sums[c]), row_parts[m], epilogue.column_of(column_sums[column]));
+          return scaled(product, row_scales[m], column_scales[column], biases[column]);
         });
       }
     }
