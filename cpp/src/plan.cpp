@@ -339,15 +339,21 @@ TimedFixedPlan timed_fixed_split(Grid weight, Layout layout, int64_t m, int64_t 
   const double numbers_time = one_bit ? 0.06 * std::min(rows, 8) : 0.18, least_numbers_time = 0.45;
   const double alone_time = one_bit ? 0.28 * static_cast<double>(eights) : 0.6;
   const double unit_time = one_bit ? 0.14 * static_cast<double>(eights) : 0.225 + 0.025 * static_cast<double>(eights);
-  constexpr double kTileTime = 0.065, kGroupTime = 0.12, kWaveTime = 2.0;
+  constexpr double kTileTime = 0.065, kWaveTime = 2.0;
+  const bool bits_of_eight = one_bit && rows == 8;  // fitted anew, more closely
+  const double group_time = bits_of_eight ? 0.3 : 0.12;
   auto cluster_time = [](int64_t blocks) { return blocks > 1 ? 0.3 + 0.02 * static_cast<double>(blocks * blocks) : 0.0; };
 
   FixedPlan best{};
   double best_time = 0;
-  for (int32_t cluster = 1; cluster <= std::min<int64_t>(8, units); cluster *= 2) {
+  for (int32_t cluster = 1; cluster <= std::min<int64_t>(8, units); ++cluster) {
+    // Powers of two, and 3, 5 and 6 where that is measured: 6 or 11 units are better divided among them. (7: two waves.)
+    const bool power = (cluster & (cluster - 1)) == 0;
+    if (!power && (!bits_of_eight || cluster == 7)) continue;
     const int64_t most_units = up(units, cluster);
-    // Not all multiprocessors find partners for clusters of more than two.
-    const int64_t at_once = std::max<int64_t>(1, (cluster > 2 ? sm_count * 10 / 11 : sm_count) / cluster);
+    // Not all multiprocessors find partners for clusters of more than two: the partners are of a group of 16 or 18.
+    const int64_t found = power ? sm_count * 10 / 11 / cluster : sm_count * 2 / 33 * (16 / cluster);
+    const int64_t at_once = std::max<int64_t>(1, cluster > 2 ? found : sm_count / cluster);
     for (int32_t k_groups = 1; k_groups <= std::min<int64_t>(kFixedGroups, most_units); k_groups *= 2) {
       // What is left beside the numbers: for a ring of at least two slots, then for what is received of each tile.
       const int64_t left = kHopperSharedBytes - room.other - most_units * room.unit, slot = kFixedGroups * room.slot;
@@ -359,12 +365,18 @@ TimedFixedPlan timed_fixed_split(Grid weight, Layout layout, int64_t m, int64_t 
       const int64_t waves = up(up(tiles, each) * groups, at_once);
       each = up(tiles, std::max<int64_t>(1, at_once * waves / groups));  // all waves alike
       const int64_t ranges = up(tiles, each);
-      const int64_t turns = up(each, kFixedGroups / k_groups) * up(most_units, k_groups);
-      const double work = std::max(static_cast<double>(most_units * eights) * numbers_time, least_numbers_time) +
-                          std::max(static_cast<double>(turns) * alone_time, static_cast<double>(each * most_units) * unit_time) +
+      const int64_t turn_units = up(most_units, k_groups), turns = up(each, kFixedGroups / k_groups) * turn_units;
+      double products_time = std::max(static_cast<double>(turns) * alone_time, static_cast<double>(each * most_units) * unit_time);
+      if (bits_of_eight) {  // turns of all warpgroups, then one of those that have a tile left
+        const int64_t full = each * k_groups / kFixedGroups, rest = each * k_groups % kFixedGroups;
+        auto turn_time = [&](int64_t busy) { return std::max(alone_time, static_cast<double>(busy) * unit_time); };
+        products_time =
+            static_cast<double>(turn_units) * (static_cast<double>(full) * turn_time(kFixedGroups) + (rest > 0 ? turn_time(rest) : 0.0));
+      }
+      const double work = std::max(static_cast<double>(most_units * eights) * numbers_time, least_numbers_time) + products_time +
                           static_cast<double>(each) * kTileTime;
       const double time = static_cast<double>(waves) * work + static_cast<double>(waves - 1) * kWaveTime +
-                          static_cast<double>(k_groups - 1) * kGroupTime + cluster_time(cluster);
+                          static_cast<double>(k_groups - 1) * group_time + cluster_time(cluster);
       if (best.rows > 0 && time >= best_time) continue;
       best_time = time;
       best = {rows, cluster, k_groups, static_cast<int32_t>(slots), ranges, kHopperSharedBytes - left + slots * slot + each * tile};

@@ -51,9 +51,10 @@ struct FixedProblem {
   // What comes before the numbers, in the first lines of a kernel's parameters: each line takes its time to come.
   const uint8_t* x;  // rows of 16-bit floats, which start at multiples of 16 bytes
   int32_t k;
-  uint8_t cluster_log2, k_groups_log2, slots;  // slots: of a ring
-  uint8_t spare_bits;                          // of a number, where 16 would be too many for the sum
-  Shares tiles, units;  // of 64 rows of w, among the clusters of a group of rows of a; of K, among the blocks of a cluster
+  uint8_t k_groups_log2, slots;  // slots: of a ring
+  uint8_t spare_bits;            // of a number, where 16 would be too many for the sum
+  uint8_t turns;                 // of 64, rounded up: how much of a turn, in which all blocks of a cluster own a part of a tile, a part is
+  Shares tiles, units;           // of 64 rows of w, among the clusters of a group of rows of a; of K, among the blocks of a cluster
   Output output;
   const float* w_scale;
   uint32_t mul, add;  // v = mul u + add for the integers u of w
@@ -237,16 +238,18 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   const Output& y = problem.output;
   const int warpgroup = warpgroup_index(), warp = warp_index(), lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
 
-  const int blocks = 1 << problem.cluster_log2, k_groups = 1 << problem.k_groups_log2;
-  const int rank = static_cast<int>(blockIdx.x) & (blocks - 1), range = static_cast<int>(blockIdx.y);
-  const int first_row = (static_cast<int>(blockIdx.x) >> problem.cluster_log2) * ROWS;
+  const int blocks = static_cast<int>(gridDim.x), k_groups = 1 << problem.k_groups_log2;  // a cluster is a row of the grid
+  const int rank = static_cast<int>(blockIdx.x), first_row = static_cast<int>(blockIdx.y) * ROWS, range = static_cast<int>(blockIdx.z);
   const int rows = min(ROWS, static_cast<int>(y.m) - first_row);
   const int first_n = problem.tiles.first(range) * kWarpgroupColumns;
   const int tiles = problem.tiles.count(range);
   const int first_unit = problem.units.first(rank), units = problem.units.count(rank);
   const int k_group = warpgroup & (k_groups - 1), first_tile = warpgroup >> problem.k_groups_log2;
   const int tile_stride = kFixedGroups >> problem.k_groups_log2;
-  const int senders = (blocks << problem.k_groups_log2) - 1, own_parts = (Kernel::kParts + blocks - 1) >> problem.cluster_log2;
+  // The blocks own the parts of a tile in turn. (For up to 8 of both this is part / blocks.)
+  auto turn_of = [&](int part) { return part * problem.turns >> 6; };
+  auto owner_of = [&](int part) { return part - turn_of(part) * blocks; };
+  const int senders = (blocks << problem.k_groups_log2) - 1, own_parts = turn_of(Kernel::kParts - 1) + 1;
 
   // The same places in all blocks of a cluster, which may differ by a unit.
   const int most_units = problem.units.most();
@@ -291,7 +294,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
       barrier_init(&head.full[warpgroup][slot], 1);  // the copier, and the bytes
       barrier_init(&head.empty[warpgroup][slot], kWarpgroup / 32);
     }
-    const int owned = (Kernel::kParts - rank + blocks - 1) >> problem.cluster_log2;
+    const int owned = own_parts - (rank + (own_parts - 1) * blocks < Kernel::kParts ? 0 : 1);
 #pragma unroll 1
     for (int tile = warpgroup * 4 + warp; tile < tiles; tile += kFixedGroups * 4) {
       barrier_init(&head.sent[tile], 1 + owned * (k_groups - 1) * 32);  // this thread, and lanes of this block; the bytes of others
@@ -310,11 +313,11 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   if (copies) {
     if (lane == 0) prefetch_tensor_map(&w_map);
     // Whatever the kernel before this one still writes, goes through the second cache.
-    const bool one_pass = static_cast<int>(gridDim.x) == blocks;  // through w, for all rows
+    const bool one_pass = gridDim.y == 1;  // through w, for all rows
     if (W::kByBits && one_pass) {
       // What memory, not that cache, holds of a would come behind w: it is asked for first, a part of its lines by each block.
       constexpr int kLineBytes = 128;
-      const int all_blocks = static_cast<int>(gridDim.x * gridDim.y), block = static_cast<int>(blockIdx.x + gridDim.x * blockIdx.y);
+      const int all_blocks = blocks * static_cast<int>(gridDim.z), block = rank + blocks * range;
       const int lines = (2 * rows * problem.k + kLineBytes - 1) / kLineBytes;
       for (int line = block + lane * all_blocks; line < lines; line += 32 * all_blocks) prefetch(problem.x + line * kLineBytes);
     }
@@ -380,6 +383,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   constexpr int kRowLanes = 32 / kTurnRows;
   const int team_warp = threadIdx.x % kTeamThreads / 32, turn_row = lane % kTurnRows,
             place_in_row = team_warp * kRowLanes + lane / kTurnRows;
+  const uint32_t zero = static_cast<uint32_t>(problem.k) >> 31;
   auto team_barrier = [&] { kTeamWarps == 1 ? __syncwarp() : named_barrier(2 + team, kTeamThreads); };
   // What comes from memory does so behind all of w that has been asked for: a warp loads the scales and biases of its own columns, and
   // waits for them where it uses them.
@@ -430,7 +434,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     auto number = [&](int eight, int column, float magic) {  // in the low 16 bits
       const uint32_t pair = word_of(x[eight], column / 2);
       return __float_as_uint(
-          fmaf(column % 2 == 0 ? Mma::to_float(pair & 0xFFFFu) : second_to_float<Mma>(pair, blockIdx.z), one_over_step, magic));
+          fmaf(column % 2 == 0 ? Mma::to_float(pair & 0xFFFFu) : second_to_float<Mma>(pair, zero), one_over_step, magic));
     };
     uint32_t sum = 0;
     if constexpr (W::kByBits) {
@@ -541,9 +545,9 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
       const int part = warp * kEights + j;
-      if ((part & (blocks - 1)) != rank) continue;
+      if (owner_of(part) != rank) continue;
       float sums[4] = {last.sums[j][0], last.sums[j][1], last.sums[j][2], last.sums[j][3]};
-      const int4* source = received + (last.index * senders * own_parts + (part >> problem.cluster_log2)) * 32 + lane;
+      const int4* source = received + (last.index * senders * own_parts + turn_of(part)) * 32 + lane;
       for (int i = 0; i < senders; ++i, source += own_parts * 32) {
         const int4 words = *source;
         sums[0] += __int_as_float(words.x), sums[1] += __int_as_float(words.y);
@@ -637,10 +641,10 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
     }
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
-      const int part = warp * kEights + j, owner = part & (blocks - 1), sender = (rank << problem.k_groups_log2) + k_group;
+      const int part = warp * kEights + j, owner = owner_of(part), sender = (rank << problem.k_groups_log2) + k_group;
       if (owner == rank && k_group == 0) continue;
       const int place = sender - (sender > owner << problem.k_groups_log2);
-      int4* const target = received + ((tile * senders + place) * own_parts + (part >> problem.cluster_log2)) * 32 + lane;
+      int4* const target = received + ((tile * senders + place) * own_parts + turn_of(part)) * 32 + lane;
       int32_t words[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) words[c] = __float_as_int(sums[j][c]);
@@ -671,8 +675,8 @@ template <typename Mma, typename W, int ROWS>
 void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const FixedPlan& plan, cudaStream_t stream) {
   const int64_t m = problem.output.m, n = problem.output.n, k = problem.k;
   auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  auto log2 = [](int32_t power) -> uint8_t { return power == 1 ? 0 : power == 2 ? 1 : power == 4 ? 2 : 3; };
-  problem.cluster_log2 = log2(plan.cluster);
+  auto log2 = [](int32_t power) -> uint8_t { return power == 1 ? 0 : power == 2 ? 1 : 2; };
+  problem.turns = static_cast<uint8_t>(up(64, plan.cluster));
   problem.k_groups_log2 = log2(plan.k_groups);
   problem.slots = static_cast<uint8_t>(plan.slots);
   problem.units = shares_of(up(k, W::kUnitColumns), plan.cluster);
@@ -682,7 +686,7 @@ void launch_fixed(const char* op, const Operand& w, FixedProblem problem, const 
   const CUtensorMap w_map =
       weight_map(op, w.data, n, W::kPlanes, w_row_bytes, {W::kStageRowBytes, kFixedTileN, kSwizzle, W::kPlanes}, problem.output.adjacent());
   // Neighbouring clusters have the same rows of w.
-  const dim3 grid(static_cast<unsigned>(up(m, ROWS) * plan.cluster), static_cast<unsigned>(plan.ranges));
+  const dim3 grid(static_cast<unsigned>(plan.cluster), static_cast<unsigned>(up(m, ROWS)), static_cast<unsigned>(plan.ranges));
   launch_with({plan.cluster, true}, op, gemm_fixed_kernel<Mma, W, ROWS>, grid, dim3(kFixedThreads), static_cast<size_t>(plan.shared_bytes),
               stream, w_map, problem);
 }

@@ -31,7 +31,7 @@ TEST(Plan, FixedPointNumbers) {
   EXPECT_EQ(plan(bit, 1, 4096, 11008).cluster, 2);
   EXPECT_EQ(plan(bit, 8, 12288, 4096).cluster, 2);
   EXPECT_EQ(plan(bit, 8, 4096, 4096).cluster, 4);
-  EXPECT_EQ(plan(bit, 8, 4096, 11008).cluster, 4);
+  EXPECT_EQ(plan(bit, 8, 4096, 11008).cluster, 6);  // 11 units
   EXPECT_EQ(plan(nibble, 8, 12288, 4096).cluster, 2);
   EXPECT_EQ(plan(nibble, 8, 4096, 4096).k_groups, 2);  // warpgroups that would have no tile share one
   EXPECT_EQ(plan(nibble, 16, 4096, 11008).cluster, 8);

@@ -633,6 +633,11 @@ TEST_F(GemmWeightOnly, FewRowsByOnePlane) {
     for (const int64_t m : {1, 2, 4}) check_extremes(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 70, 1032);
   }
   check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, DType::kBFloat16, 3, 160000, 1032);
+  // Clusters of 3, 5 and 6 blocks.
+  for (const int64_t m : {8, 16, 27}) {
+    for (const int64_t k : {2056, 4104, 5632, 11008})
+      check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, DType::kBFloat16, m, 700, k);
+  }
 }
 
 // Numbers of at least 2^-7 of the largest are exact: sums of them are those of integers.

@@ -78,13 +78,15 @@ TEST(Emulated, FixedPoint) {
     emulated::multiprocessors = static_cast<int>(m);
     check_weight_only(random, kInt1Grid, Layout::kPlanes, m % 2 == 0 ? DType::kFloat16 : DType::kBFloat16, m, n, k);
   }
-  // Several tiles a warpgroup, and more than there are warps; warpgroups that share units, of which blocks have different numbers.
+  // Several tiles a warpgroup, and more than there are warps; warpgroups that share units, of which blocks have different numbers; clusters
+  // of blocks of which some own more parts of a tile than others, or none.
   struct Divided {
     Shape shape;
     int cluster, k_groups, tiles;
   };
   emulated::multiprocessors = 1;
-  for (const auto& [s, cluster, k_groups, tiles] : {Divided{{2, 1100, 1032}, 2, 1, 18}, Divided{{4, 64, 9000}, 4, 2, 1}}) {
+  for (const auto& [s, cluster, k_groups, tiles] : {Divided{{2, 1100, 1032}, 2, 1, 18}, Divided{{4, 64, 9000}, 4, 2, 1},
+                                                    Divided{{17, 320, 2056}, 3, 1, 5}, Divided{{9, 300, 11008}, 6, 2, 5}}) {
     const FixedPlan plan = plan_fixed_split(kInt1Grid, Layout::kPlanes, s.m, s.n, s.k, emulated::multiprocessors);
     ASSERT_EQ(std::tuple(plan.cluster, plan.k_groups, (s.n + 63) / 64 / plan.ranges), std::tuple(cluster, k_groups, tiles));
     check_weight_only(random, kInt1Grid, Layout::kPlanes, DType::kBFloat16, s.m, s.n, s.k);

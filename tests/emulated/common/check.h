@@ -42,9 +42,10 @@ template <typename... Parameters, typename... Arguments>
 void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t, const Arguments&... arguments) {
   check(shared_bytes <= emulated::kSharedBytes && block.x * block.y <= emulated::kMostThreads, op, ": more than a thread block can have");
-  const int blocks = static_cast<int>(grid.x), rows = static_cast<int>(grid.y), threads = static_cast<int>(block.x * block.y);
-  for (int index = 0; index < blocks * rows; index += options.cluster) {
-    const int first = index % blocks, row = index / blocks;
+  const int blocks = static_cast<int>(grid.x), rows = static_cast<int>(grid.y), layers = static_cast<int>(grid.z);
+  const int threads = static_cast<int>(block.x * block.y);
+  for (int index = 0; index < blocks * rows * layers; index += options.cluster) {
+    const int first = index % blocks, row = index / blocks % rows, layer = index / blocks / rows;
     emulated::Cluster cluster;
     cluster.threads = options.cluster * threads;
     std::vector<std::unique_ptr<emulated::Block>> owned;
@@ -62,9 +63,9 @@ void launch_with(const LaunchOptions& options, const char* op, void (*kernel)(Pa
         running.emplace_back([&, rank, thread] {
           emulated::block = cluster.blocks[rank];
           threadIdx = {thread % static_cast<int>(block.x), thread / static_cast<int>(block.x), 0};
-          blockIdx = {first + rank, row, 0};
+          blockIdx = {first + rank, row, layer};
           blockDim = {static_cast<int>(block.x), static_cast<int>(block.y), 1};
-          gridDim = {blocks, rows, 1};
+          gridDim = {blocks, rows, layers};
           kernel(arguments...);
           --cluster.blocks[rank]->running;
         });
