@@ -67,13 +67,15 @@ constexpr int64_t kPairedSteps = 8, kPairedPlaneSteps = 4;
 // Rows up to which the kernel for few rows is faster than wgmma: of bytes and, on Hopper, where its warps unpack a for themselves, of
 // packed codes. (Elsewhere more than 16 rows are not measured.)
 constexpr int32_t kSkinnyRows = 16, kSkinnyNibbleRows = 32;
-// Rows of real activations up to which fixed-point numbers of them are faster than a product with the dequantized weight (and, up to
-// kFixedAlwaysRows, than with one that is widened on its way; from there on the times decide), and weights from which they are faster than
-// rows in registers, where these take one turn. (Making them takes about 1 us.) 1-bit weights are multiplied as
+// Rows of real activations up to which fixed-point numbers of them are faster than a product with the dequantized weight, and weights from
+// which they are faster than rows in registers, where these take one turn. (Making them takes about 1 us.) 1-bit weights are multiplied as
 // they are, and then they are faster from the first.
-constexpr int64_t kFixedRows = 256, kFixedAlwaysRows = 64, kFixedWeights = int64_t{1} << 23;
+constexpr int64_t kFixedRows = 256, kFixedWeights = int64_t{1} << 23;
 constexpr int64_t kFixedColumns = 16384, kFixedBitColumns = 32768;  // of K, whose numbers fit in the shared memory of a cluster
 constexpr int64_t kFixedMostN = int64_t{65535} * kFixedTileN;       // a launch can have so many ranges, of a tile each
+// Rows from which a weight of 2 or 3 planes is dequantized first: to widen it anew for every tile takes longer (2 bits, 16384 rows: up to
+// 9 %; 4096: not yet).
+constexpr int64_t kDequantizedPlanesRows = 8192;
 constexpr int32_t kHopper = 90;
 
 // A weight whose bits are multiplied where they lie.
@@ -317,7 +319,7 @@ bool plan_fixed(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k) {
 
 namespace {
 
-// How many microseconds it takes: as those of its kind.
+// time: in microseconds, to be compared with those of other plans for the same layout.
 struct TimedFixedPlan {
   FixedPlan plan;
   double time;
@@ -340,9 +342,14 @@ TimedFixedPlan timed_fixed_split(Grid weight, Layout layout, int64_t m, int64_t 
   const double alone_time = one_bit ? 0.28 * static_cast<double>(eights) : 0.6;
   const double unit_time = one_bit ? 0.14 * static_cast<double>(eights) : 0.225 + 0.025 * static_cast<double>(eights);
   constexpr double kTileTime = 0.065, kWaveTime = 2.0;
-  const bool bits_of_eight = one_bit && rows == 8;  // fitted anew, more closely
+  // By bits and 8 rows the times tell turns of all warpgroups from the last one, and know clusters of any size. (The others choose well
+  // among what was measured, and are left as they were fitted.)
+  const bool bits_of_eight = one_bit && rows == 8;
   const double group_time = bits_of_eight ? 0.3 : 0.12;
-  auto cluster_time = [](int64_t blocks) { return blocks > 1 ? 0.3 + 0.02 * static_cast<double>(blocks * blocks) : 0.0; };
+  auto cluster_time = [&](int64_t blocks) {
+    if (blocks == 1) return 0.0;
+    return bits_of_eight ? 0.2 + 0.1 * static_cast<double>(blocks) : 0.3 + 0.02 * static_cast<double>(blocks * blocks);
+  };
 
   FixedPlan best{};
   double best_time = 0;
@@ -351,7 +358,7 @@ TimedFixedPlan timed_fixed_split(Grid weight, Layout layout, int64_t m, int64_t 
     const bool power = (cluster & (cluster - 1)) == 0;
     if (!power && (!bits_of_eight || cluster == 7)) continue;
     const int64_t most_units = up(units, cluster);
-    // Not all multiprocessors find partners for clusters of more than two: the partners are of a group of 16 or 18.
+    // Not all multiprocessors find partners for clusters of more than two: they are of one group, and there are 8 of 16 or 18.
     const int64_t found = power ? sm_count * 10 / 11 / cluster : sm_count * 2 / 33 * (16 / cluster);
     const int64_t at_once = std::max<int64_t>(1, cluster > 2 ? found : sm_count / cluster);
     for (int32_t k_groups = 1; k_groups <= std::min<int64_t>(kFixedGroups, most_units); k_groups *= 2) {
@@ -394,7 +401,7 @@ struct TimedTile {
 TimedTile timed_widened_tile(int64_t m, int64_t n, int64_t k, int32_t sm_count) {
   constexpr int32_t kBlockK = 64;
   TimedTile best{};
-  // Microseconds of a wave for kBlockK columns of K, on an H200.
+  // Microseconds of a wave for kBlockK columns of K, and of the start and end, on an H200.
   auto consider = [&](const TileRow& row, double step_time, int32_t cluster) {
     const TileRow together = {row.block_m, row.block_n * cluster, "", ""};
     const int64_t steps = (k + kBlockK - 1) / kBlockK * waves(tiles(together, m, n), std::max(1, sm_count / cluster));
@@ -415,16 +422,24 @@ FixedPlan plan_fixed_split(Grid weight, Layout layout, int64_t m, int64_t n, int
 }
 
 bool plan_widened(Grid weight, Layout layout, int64_t m, int64_t n, int64_t k, int32_t sm_count) {
-  if (m <= plan_weight_only_rows(kHopper) || n == 0 || k == 0 || !has_values(weight) || weight.kind == GridKind::kFp4) return false;
-  if (layout == Layout::kPlanes && (weight.kind != GridKind::kInt || weight.bits > 3)) return false;
-  const bool is_stored_so = layout == Layout::kPacked || layout == Layout::kPlanes || layout == Layout::kCodes;
-  if (!is_stored_so || k % 8 != 0 || row_bytes(layout, k) % 16 != 0) return false;  // rows that the copy engine can read
+  // Of fewer rows fixed-point numbers, or rows in registers, are faster.
+  if (m <= plan_weight_only_rows(kHopper) || n == 0 || k == 0 || !has_values(weight)) return false;
+  switch (layout) {
+    case Layout::kPacked:
+    case Layout::kCodes:
+      if (weight.kind == GridKind::kFp4) return false;
+      break;
+    case Layout::kPlanes:
+      if (weight.kind != GridKind::kInt || weight.bits > 3 || (weight.bits > 1 && m >= kDequantizedPlanesRows)) return false;
+      break;
+    default: return false;
+  }
+  if (k % 8 != 0 || row_bytes(layout, k) % 16 != 0) return false;  // the copy engine cannot read such rows
   if (!plan_fixed(weight, layout, m, n, k)) return true;
   // Of so many rows fixed-point numbers take longer than their plan's times, which are fitted to fewer: by bits where they lie, unpacked
   // planes, nibbles and bytes.
   const double longer = is_one_bit(weight, layout) ? 1.25 : layout == Layout::kPlanes ? 1.45 : layout == Layout::kPacked ? 1.65 : 2.5;
-  return m > kFixedAlwaysRows &&
-         timed_widened_tile(m, n, k, sm_count).time < longer * timed_fixed_split(weight, layout, m, n, k, sm_count).time;
+  return timed_widened_tile(m, n, k, sm_count).time < longer * timed_fixed_split(weight, layout, m, n, k, sm_count).time;
 }
 
 GemmTile plan_widened_tile(int64_t m, int64_t n, int64_t k, int32_t sm_count) { return timed_widened_tile(m, n, k, sm_count).tile; }

@@ -26,6 +26,7 @@ struct FewTile : Warpgroups<N_GROUPS_, kWgmmaFewSplit[N_GROUPS_ - 1]> {
   using Fragments = Fragments_;
   static constexpr int BLOCK_M = BLOCK_M_, CLUSTER = 1;  // blocks that copy a for each other
   static constexpr bool ORDERS_ROWS = true;              // of w (weight_map)
+  static_assert(Fragments::kPlanes == 1, "a plane at a time");
   static constexpr int W_BYTES = BLOCK_N * (Fragments::kRowBytes + Fragments::kIndexBytes), A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int THREADS = MULTIPLIERS * kWarpgroup + 32;  // the last warp copies

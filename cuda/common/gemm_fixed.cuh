@@ -383,7 +383,7 @@ __global__ __launch_bounds__(kFixedThreads, 1) void gemm_fixed_kernel(const __gr
   constexpr int kRowLanes = 32 / kTurnRows;
   const int team_warp = threadIdx.x % kTeamThreads / 32, turn_row = lane % kTurnRows,
             place_in_row = team_warp * kRowLanes + lane / kTurnRows;
-  const uint32_t zero = static_cast<uint32_t>(problem.k) >> 31;
+  const uint32_t zero = static_cast<uint32_t>(problem.k) >> 31;  // which the compiler does not know
   auto team_barrier = [&] { kTeamWarps == 1 ? __syncwarp() : named_barrier(2 + team, kTeamThreads); };
   // What comes from memory does so behind all of w that has been asked for: a warp loads the scales and biases of its own columns, and
   // waits for them where it uses them.

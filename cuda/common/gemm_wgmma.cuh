@@ -49,7 +49,8 @@ struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
                        A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int STORES_BYTES = MULTIPLIERS * BUFFERS * Piece::BYTES;
-  static constexpr int FACTORS_BYTES = MULTIPLIERS * BLOCK_M * static_cast<int>(sizeof(RowFactors));
+  static constexpr bool HAS_ROW_FACTORS = !std::is_same_v<typename Mma::Accumulator, float>;  // rows of real a have none
+  static constexpr int FACTORS_BYTES = HAS_ROW_FACTORS ? MULTIPLIERS * BLOCK_M * static_cast<int>(sizeof(RowFactors)) : 0;
   static constexpr int OTHER_BYTES = STORES_BYTES + FACTORS_BYTES + 256;  // 256: the mbarriers
   static constexpr int STAGES = std::min((227 * 1024 - OTHER_BYTES) / STAGE_BYTES, 12);
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + OTHER_BYTES;
@@ -167,7 +168,6 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
     RowFactors* const factors = row_factors + group * BLOCK_M;
     TileMultiplier<Tile> multiplier(ring, group);
     using Accumulator = typename Tile::Mma::Accumulator;
-    constexpr bool kReal = std::is_same_v<Accumulator, float>;
     Accumulator accumulators[BLOCK_M / 2];
     uint32_t piece_parity = 1;  // of the buffers: at first they are free
     for (int tile = first_tile; tile < tiles; tile += tile_stride) {
@@ -176,13 +176,13 @@ __global__ __launch_bounds__(Tile::THREADS, 1) void gemm_wgmma_kernel(const __gr
       const int first_n = (at.n_cluster * CLUSTER + rank) * Tile::BLOCK_N + group * kWarpgroupColumns;
 
       // The factors are loaded before the main loop and looked at after it: until then memory has time.
-      const std::conditional_t<kReal, NoRowLoads, RowLoads<BLOCK_M>> row_loads(problem.output, first_m);
+      const std::conditional_t<Tile::HAS_ROW_FACTORS, RowLoads<BLOCK_M>, NoRowLoads> row_loads(problem.output, first_m);
       const ColumnLoads column_loads(problem.output, first_n, /*adjacent=*/false);
 
       multiplier.multiply(accumulators, ring, problem, steps, 0);
       if (tile + tile_stride >= tiles) launch_dependents();
 
-      if constexpr (!kReal) {
+      if constexpr (Tile::HAS_ROW_FACTORS) {
         named_barrier(group_barrier(group), kWarpgroup);  // all have written what the old factors were for
         row_loads.store(problem.output, factors);
         named_barrier(group_barrier(group), kWarpgroup);

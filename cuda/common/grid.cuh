@@ -9,7 +9,11 @@
 //   stored(code)              the byte that layout kValues holds
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "common/ptx.cuh"
 #include "quest/grid.h"
@@ -138,6 +142,19 @@ void with_grid(Grid grid, Function&& function) {
     case GridKind::kGauss: function(gauss_grid(grid)); break;
     default: function(uniform_grid(grid));
   }
+}
+
+// The bits of a number twice, in Mma's type.
+template <typename Mma>
+uint32_t pair_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if constexpr (std::is_same_v<Mma, MmaBFloat16>) {
+    bits = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+  } else {
+    bits = __half_as_ushort(__float2half_rn(value));
+  }
+  return bits | bits << 16;
 }
 
 }  // namespace quest::cuda

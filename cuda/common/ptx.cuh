@@ -161,18 +161,18 @@ __device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
   return word;
 }
 
+__device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
+  uint2 words;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address) : "memory");
+  return words;
+}
+
 __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
   uint4 words;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
                : "r"(address)
                : "memory");
-  return words;
-}
-
-__device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
-  uint2 words;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address) : "memory");
   return words;
 }
 

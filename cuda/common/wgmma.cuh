@@ -8,7 +8,8 @@
 //       sparse: two of every four bytes are kept, 64 K bytes in 32; word 4 holds their places, two bits each, the lower ones first, of 32
 //       of the 64 bytes: of the first half in lanes of t = 0 (row 16w + g) and t = 1 (row + 8), of the second in t = 2 and 3
 //   d   words 4j ... 4j + 3: columns 8j + 2t and 8j + 2t + 1 of row 16w + g, then of row + 8
-// Elements: int8 or uint8 (32 products; sparse: 64, a is int8, b uint8), or bits with and.popc (256; xor is refused on Hopper).
+// Elements: int8 or uint8 (32 products; sparse: 64, a is int8, b uint8), bits with and.popc (256; xor is refused on Hopper), or 16-bit
+// floats (16, of which d is float32).
 //
 // Between wgmma_fence() and the wait the registers belong to the tensor cores.
 #pragma once
@@ -55,19 +56,12 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
   return (shared_address(shared) & 0x3FFFF) >> 4 | (kGroupBytes >> 4) << 32 | kSwizzle128 << 62;
 }
 
-// The operand lists of the instruction for N/2 accumulators.
-#define QUEST_D8(d, i) \
-  "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
-#define QUEST_D16(d, i) QUEST_D8(d, i), QUEST_D8(d, i + 8)
-#define QUEST_D32(d, i) QUEST_D16(d, i), QUEST_D16(d, i + 16)
-#define QUEST_D64(d, i) QUEST_D32(d, i), QUEST_D32(d, i + 32)
-#define QUEST_D128(d, i) QUEST_D64(d, i), QUEST_D64(d, i + 64)
-#define QUEST_F8(d, i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define QUEST_F16(d, i) QUEST_F8(d, i), QUEST_F8(d, i + 8)
-#define QUEST_F32(d, i) QUEST_F16(d, i), QUEST_F16(d, i + 16)
-#define QUEST_F64(d, i) QUEST_F32(d, i), QUEST_F32(d, i + 32)
-#define QUEST_F128(d, i) QUEST_F64(d, i), QUEST_F64(d, i + 64)
+// The operand lists of the instruction for N/2 accumulators. C: "+r" or "+f".
+#define QUEST_D8(C, d, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3]), C(d[i + 4]), C(d[i + 5]), C(d[i + 6]), C(d[i + 7])
+#define QUEST_D16(C, d, i) QUEST_D8(C, d, i), QUEST_D8(C, d, i + 8)
+#define QUEST_D32(C, d, i) QUEST_D16(C, d, i), QUEST_D16(C, d, i + 16)
+#define QUEST_D64(C, d, i) QUEST_D32(C, d, i), QUEST_D32(C, d, i + 32)
+#define QUEST_D128(C, d, i) QUEST_D64(C, d, i), QUEST_D64(C, d, i + 64)
 #define QUEST_P8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define QUEST_P16 QUEST_P8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define QUEST_P32 QUEST_P16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -81,26 +75,28 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
   "%90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "     \
   "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// NAME: the instruction; COUNT = N/2 accumulators; A0 ... A3, B, S: the numbers that follow theirs. accumulate 0: d = a b^T.
-#define QUEST_WGMMA(NAME, COUNT, A0, A1, A2, A3, B, S)                                                                                   \
-  static __device__ __forceinline__ void mma(int32_t(&d)[COUNT], const uint32_t(&a)[4], uint64_t b_tile, int32_t accumulate) {           \
+// NAME: the instruction, SIGNS: what it has behind its operands; COUNT = N/2 accumulators of TYPE; A0 ... A3, B, S: the numbers that follow
+// theirs. accumulate 0: d = a b^T.
+#define QUEST_WGMMA_OF(TYPE, C, SIGNS, NAME, COUNT, A0, A1, A2, A3, B, S)                                                                \
+  static __device__ __forceinline__ void mma(TYPE(&d)[COUNT], const uint32_t(&a)[4], uint64_t b_tile, int32_t accumulate) {              \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" S ", 0;\n" NAME " {" QUEST_P##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B \
-                                                                                          ", p;\n}"                                      \
-                 : QUEST_D##COUNT(d, 0)                                                                                                  \
+                                                                                          ", p" SIGNS ";\n}"                             \
+                 : QUEST_D##COUNT(C, d, 0)                                                                                               \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(accumulate));                                            \
   }
+#define QUEST_WGMMA(NAME, COUNT, A0, A1, A2, A3, B, S) QUEST_WGMMA_OF(int32_t, "+r", "", NAME, COUNT, A0, A1, A2, A3, B, S)
 // M: the number of the metadata.
 #define QUEST_WGMMA_SPARSE(NAME, COUNT, A0, A1, A2, A3, B, M, S)                                                                         \
   static __device__ __forceinline__ void mma(int32_t(&d)[COUNT], const uint32_t(&a)[5], uint64_t b_tile, int32_t accumulate) {           \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" S ", 0;\n" NAME " {" QUEST_P##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B \
                                                                                           ", %" M ", 0, p;\n}"                           \
-                 : QUEST_D##COUNT(d, 0)                                                                                                  \
+                 : QUEST_D##COUNT("+r", d, 0)                                                                                            \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(a[4]), "r"(accumulate));                                 \
   }
 #define QUEST_WGMMA_SHARED(NAME, COUNT, A, B, S)                                                                         \
   static __device__ __forceinline__ void mma(int32_t(&d)[COUNT], uint64_t a_tile, uint64_t b_tile, int32_t accumulate) { \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" S ", 0;\n" NAME " {" QUEST_P##COUNT "}, %" A ", %" B ", p;\n}"     \
-                 : QUEST_D##COUNT(d, 0)                                                                                  \
+                 : QUEST_D##COUNT("+r", d, 0)                                                                            \
                  : "l"(a_tile), "l"(b_tile), "r"(accumulate));                                                           \
   }
 #define QUEST_WGMMA_FAMILY(SHAPE, TYPES, KIND)                                                                   \
@@ -110,14 +106,10 @@ __device__ __forceinline__ uint64_t swizzled_tile(const void* shared) {
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n32" SHAPE TYPES, 16, "16", "17", "18", "19", "20", "21")         \
   QUEST_WGMMA("wgmma.mma_async.sync.aligned.m64n16" SHAPE TYPES, 8, "8", "9", "10", "11", "12", "13")
 
-// Sums in float32.
-#define QUEST_WGMMA_REAL(NAME, COUNT, A0, A1, A2, A3, B, S)                                                                              \
-  static __device__ __forceinline__ void mma(float(&d)[COUNT], const uint32_t(&a)[4], uint64_t b_tile, int32_t accumulate) {             \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" S ", 0;\n" NAME " {" QUEST_P##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B \
-                                                                                          ", p, 1, 1, 0;\n}"                             \
-                 : QUEST_F##COUNT(d, 0)                                                                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(accumulate));                                            \
-  }
+#define QUEST_WGMMA_REAL(NAME, COUNT, A0, A1, A2, A3, B, S) QUEST_WGMMA_OF(float, "+f", ", 1, 1, 0", NAME, COUNT, A0, A1, A2, A3, B, S)
+#define QUEST_WGMMA_REALS(TYPES)                                                                                       \
+  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n256k16.f32" TYPES, 128, "128", "129", "130", "131", "132", "133") \
+  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n128k16.f32" TYPES, 64, "64", "65", "66", "67", "68", "69")
 
 // kWords: registers of a. kBytes: of each row of b.
 struct WgmmaInt8 {
@@ -157,32 +149,26 @@ struct WgmmaBits {
   QUEST_WGMMA_SHARED("wgmma.mma_async.sync.aligned.m64n16k256.s32.b1.b1.and.popc", 8, "8", "9", "10")
 };
 
-// 16 columns of 16-bit floats.
 struct WgmmaBFloat16 {
   using Accumulator = float;
   static constexpr bool kPlanes = false;
   static constexpr int kWords = 4, kBytes = 32;
-  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", 128, "128", "129", "130", "131", "132", "133")
-  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", 64, "64", "65", "66", "67", "68", "69")
+  QUEST_WGMMA_REALS(".bf16.bf16")
 };
 struct WgmmaFloat16 {
   using Accumulator = float;
   static constexpr bool kPlanes = false;
   static constexpr int kWords = 4, kBytes = 32;
-  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16", 128, "128", "129", "130", "131", "132", "133")
-  QUEST_WGMMA_REAL("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", 64, "64", "65", "66", "67", "68", "69")
+  QUEST_WGMMA_REALS(".f16.f16")
 };
 
 #undef QUEST_WGMMA_FAMILY
+#undef QUEST_WGMMA_REALS
 #undef QUEST_WGMMA_REAL
-#undef QUEST_F128
-#undef QUEST_F64
-#undef QUEST_F32
-#undef QUEST_F16
-#undef QUEST_F8
 #undef QUEST_WGMMA_SHARED
 #undef QUEST_WGMMA_SPARSE
 #undef QUEST_WGMMA
+#undef QUEST_WGMMA_OF
 #undef QUEST_P128
 #undef QUEST_P64
 #undef QUEST_P32

@@ -142,10 +142,13 @@ __device__ __forceinline__ void store_group(const TileOutput& output, const Accu
   const Output& y = output.epilogue.output;
   const int warp_n = first_n + threadIdx.x % kWarpgroup / 32 * 16;
   store_four(y, first_m, static_cast<int>(y.m), warp_n, adjacent, [&](int c) {
-    if constexpr (std::is_same_v<Accumulator, float>) return scaled(accumulators[c], 1.0f, column.scale[c / 2], column.bias[c / 2]);
-    const RowFactors& row = factors[threadIdx.x % 4 * 2 + c % 2];
-    const float product = output.epilogue.product(accumulators[c], row.part, column.part[c / 2]);
-    return scaled(product, row.scale, column.scale[c / 2], column.bias[c / 2]);
+    if constexpr (std::is_same_v<Accumulator, float>) {
+      return scaled(accumulators[c], 1.0f, column.scale[c / 2], column.bias[c / 2]);
+    } else {
+      const RowFactors& row = factors[threadIdx.x % 4 * 2 + c % 2];
+      const float product = output.epilogue.product(accumulators[c], row.part, column.part[c / 2]);
+      return scaled(product, row.scale, column.scale[c / 2], column.bias[c / 2]);
+    }
   });
 }
 
@@ -169,9 +172,12 @@ __device__ __forceinline__ void write_piece(const TileOutput& output, const Accu
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         auto value = [&](Accumulator accumulator, uint32_t scale, uint32_t part) {
-          if constexpr (kReal) return scaled(accumulator, 1.0f, column.scale[i], column.bias[i]);
-          const uint32_t sum = mul * static_cast<uint32_t>(accumulator) + part + column.part[i];
-          return scaled(static_cast<float>(static_cast<int32_t>(sum)), __uint_as_float(scale), column.scale[i], column.bias[i]);
+          if constexpr (kReal) {
+            return scaled(accumulator, 1.0f, column.scale[i], column.bias[i]);
+          } else {
+            const uint32_t sum = mul * static_cast<uint32_t>(accumulator) + part + column.part[i];
+            return scaled(static_cast<float>(static_cast<int32_t>(sum)), __uint_as_float(scale), column.scale[i], column.bias[i]);
+          }
         };
         low[half * 2 + i] = value(accumulators[index + 2 * i], pair.x, pair.y);
         high[half * 2 + i] = value(accumulators[index + 2 * i + 1], pair.z, pair.w);

@@ -1,8 +1,8 @@
 // What the products on Hopper's wgmma share: their problem, the weight on its way to the tensor cores, and the loop over K.
 //
 // The weight is the left operand of the instruction and goes through registers, so that it can lie in memory in any width: 4-bit codes are
-// widened there, to bytes or, for real a, to a's type. A step of the main loop takes 128 bytes of every row of a, 128 int8, 1024 bits or 64
-// floats, and as many columns of the rows of w.
+// widened there, to bytes, or codes of any width, for real a, to a's type. A step of the main loop takes 128 bytes of every row of a, 128
+// int8, 1024 bits or 64 floats, and as many columns of the rows of w.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct WgmmaProblem {
   // And the others.
   uint32_t flip;                  // ByteFragments
   uint4 table;                    // TableFragments
-  uint32_t value_mul, value_add;  // SparseFragments: v + 128, four bytes, of four codes
+  uint32_t value_mul, value_add;  // SparseFragments: v + 128, four bytes, of four codes; RealFragments: v, twice; RealBytes: v
   TileOutput output;
 };
 
@@ -125,14 +125,23 @@ struct TableFragments : DenseFragments {
   }
 };
 
-// Two 4-bit codes a byte, and real a: 16 columns an instruction. A code's bits become those of a number from 16 or 64 on, whose unit they
-// are (16-bit floats are exact there): kBase + c. value_mul, value_add: v = value_mul (kBase + c) + value_add, twice.
+// Real a: 16 columns an instruction. A code's bits become the lowest of a number from kBase on, whose unit they are (16-bit floats are
+// exact there): kBase + c. value_mul, value_add: v = value_mul (kBase + c) + value_add, twice.
 template <typename Real>
-struct RealNibbles : DenseFragments {
-  static constexpr int kRowBytes = kStepRowBytes / 4, kInstructions = 4;
+struct RealFragments : DenseFragments {
+  static constexpr int kInstructions = 4;
   static constexpr bool kBFloat16 = std::is_same_v<Real, MmaBFloat16>;
-  static constexpr int kBase = kBFloat16 ? 16 : 64;
+  static constexpr int kBase = kBFloat16 ? 16 : 64, kCodeBit = kBFloat16 ? 3 : 4;
+  static constexpr uint32_t kBasePair = kBFloat16 ? 0x41804180u : 0x54005400u;
   using Words = uint32_t[kInstructions][4];
+};
+
+// Two 4-bit codes a byte.
+template <typename Real>
+struct RealNibbles : RealFragments<Real> {
+  using Base = RealFragments<Real>;
+  using typename Base::Words;
+  static constexpr int kRowBytes = kStepRowBytes / 4;
   struct Fetched {
     uint4 codes[2][2];  // of row g and row g + 8: all of them
   };
@@ -150,46 +159,33 @@ struct RealNibbles : DenseFragments {
   static __device__ __forceinline__ void widen(Words& words, const Fetched& fetched, const WgmmaProblem& problem) {
     // Of every word, 8 codes, a lane has two neighbours: byte t.
     const uint32_t t = threadIdx.x % 4, selector = t | (4 + t) << 8;
-    constexpr uint32_t kMask = kBFloat16 ? 0x00780078u : 0x00F000F0u, kOne = kBFloat16 ? 0x41804180u : 0x54005400u;
+    constexpr uint32_t kMask = 0x000F000Fu << Base::kCodeBit;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const uint32_t codes = word_of(fetched.codes[row][i / 4], i % 4);
-        const uint32_t low = kBFloat16 ? codes << 3 : codes << 4, high = kBFloat16 ? codes >> 1 : codes;
-        const uint32_t numbers = (__byte_perm(low, high, selector) & kMask) | kOne;
+        const uint32_t low = codes << Base::kCodeBit, high = codes >> (4 - Base::kCodeBit);
+        const uint32_t numbers = (__byte_perm(low, high, selector) & kMask) | Base::kBasePair;
         words[i / 2][i % 2 * 2 + row] = Real::fma(numbers, problem.value_mul, problem.value_add);
       }
     }
   }
 };
 
-// Codes of a byte, and real a. Codes up to 255 are a float32's lowest bits; v is exact in both 16-bit types.
+// Codes of a byte: two where a table has four codes. The bits 0x4700cc00 are the float32 kBase + c, and value_mul and value_add are
+// float32: v is exact in both 16-bit types.
 template <typename Real>
-struct RealBytes : DenseFragments {
-  static constexpr int kRowBytes = kStepRowBytes / 2, kInstructions = 4;
-  static constexpr float kBase = 0x1p23f;
-  using Words = uint32_t[kInstructions][4];
-  struct Fetched {
-    Words codes;  // 2 each
-  };
-  static __device__ __forceinline__ uint32_t offset(int first_row) { return TableFragments::offset(first_row); }
-  static __device__ __forceinline__ void fetch(Fetched& fetched, uint32_t address) {
-#pragma unroll
-    for (int i = 0; i < kInstructions; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) fetched.codes[i][j] = load_shared_16((address ^ i * 16) + j / 2 * 8 + j % 2 * 8 * kRowBytes);
-    }
-  }
+struct RealBytes : TableFragments {
+  static constexpr int kBase = 32768;
   static __device__ __forceinline__ void widen(Words& words, const Fetched& fetched, const WgmmaProblem& problem) {
     const float mul = __uint_as_float(problem.value_mul), add = __uint_as_float(problem.value_add);
 #pragma unroll
     for (int i = 0; i < kInstructions; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        // 2^23 is taken from c first: mul 2^23 + c would be rounded.
-        auto value = [&](int byte) {
-          return fmaf(__uint_as_float(__byte_perm(fetched.codes[i][j], 0x4B000000u, 0x7440 + byte)) - kBase, mul, add);
+        auto value = [&](uint32_t byte) {
+          return fmaf(__uint_as_float(__byte_perm(fetched.codes[i][j], 0x47000000u, 0x7504u | byte << 4)), mul, add);
         };
         words[i][j] = Real::pack(value(0), value(1));
       }
@@ -197,14 +193,13 @@ struct RealBytes : DenseFragments {
   }
 };
 
-// Planes of a weight of 1 to 3 bits, and real a: of every row 16 bytes of each plane, the copy engine's least, of which a step needs the
-// first or the last 8. Numbers as RealNibbles makes them; one bit is a sign.
+// Planes of a weight of 1 to 3 bits: of every row 16 bytes of each plane, the copy engine's least, of which a step needs the first or the
+// last 8. One bit is a sign.
 template <typename Real, int BITS>
-struct RealPlanes : DenseFragments {
-  static constexpr int kRowBytes = 16, kPlanes = BITS, kSteps = 2, kInstructions = 4;
-  static constexpr bool kBFloat16 = std::is_same_v<Real, MmaBFloat16>;
-  static constexpr int kBase = kBFloat16 ? 16 : 64;
-  using Words = uint32_t[kInstructions][4];
+struct RealPlanes : RealFragments<Real> {
+  using Base = RealFragments<Real>;
+  using typename Base::Words;
+  static constexpr int kRowBytes = 16, kPlanes = BITS, kSteps = 2;
   struct Fetched {
     uint2 planes[BITS][2];  // of row g and row g + 8
   };
@@ -234,11 +229,11 @@ struct RealPlanes : DenseFragments {
           };
           uint32_t numbers;
           if constexpr (BITS == 1) {
-            numbers = spread(0, 15) ^ (kBFloat16 ? 0xBF80BF80u : 0xBC00BC00u);
+            numbers = spread(0, 15) ^ (Base::kBFloat16 ? 0xBF80BF80u : 0xBC00BC00u);
           } else {
-            numbers = kBFloat16 ? 0x41804180u : 0x54005400u;
+            numbers = Base::kBasePair;
 #pragma unroll
-            for (int p = 0; p < BITS; ++p) numbers |= spread(p, (kBFloat16 ? 3 : 4) + p);
+            for (int p = 0; p < BITS; ++p) numbers |= spread(p, Base::kCodeBit + p);
             numbers = Real::fma(numbers, problem.value_mul, problem.value_add);
           }
           words[2 * half + byte / 2][byte % 2 * 2 + row] = numbers;

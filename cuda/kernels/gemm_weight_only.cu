@@ -215,19 +215,6 @@ LevelRows level_rows(const char* op, const Operand& w, int64_t n, int64_t k) {
   return rows;
 }
 
-// The bits of a number twice, in Mma's type.
-template <typename Mma>
-uint32_t pair_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if constexpr (std::is_same_v<Mma, MmaBFloat16>) {
-    bits = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
-  } else {
-    bits = __half_as_ushort(__float2half_rn(value));
-  }
-  return bits | bits << 16;
-}
-
 // At most plan_weight_only_rows rows, if their kernel takes these operands: true if it has been launched.
 template <typename Mma>
 bool weight_only_held(const char* op, const void* x, const Operand& w, const RealEpilogue& epilogue, int64_t k, const Device& device,

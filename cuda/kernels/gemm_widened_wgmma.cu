@@ -1,11 +1,7 @@
 // gemm_weight_only of many rows on Hopper: weights that are widened to x's type in registers.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstring>
-#include <type_traits>
 
-#include "common/ptx.cuh"
+#include "common/grid.cuh"
 #include "common/wgmma_launch.cuh"
 
 namespace quest::cuda {
@@ -17,13 +13,6 @@ void run(const char* op, const GemmTile& tile, const Operand& a, const Operand& 
   auto run_tile = [&](auto shape) { launch_wgmma_tile<decltype(shape)>(op, a, w, problem, k, device, stream); };
   if (tile.block_m == 256) return run_tile(WgmmaTile<Mma, Fragments, 256>{});
   tile.block_n == 192 ? run_tile(WgmmaTile<Mma, Fragments, 128, 3>{}) : run_tile(WgmmaTile<Mma, Fragments, 128>{});
-}
-
-template <typename Real>
-uint32_t pair_of(double value) {
-  const uint32_t bits = std::is_same_v<Real, MmaBFloat16> ? __bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(value)))
-                                                          : __half_as_ushort(__float2half_rn(static_cast<float>(value)));
-  return bits | bits << 16;
 }
 
 uint32_t float_bits(float value) {
@@ -42,14 +31,15 @@ bool gemm_widened_wgmma(const char* op, const void* x, const Operand& w, const O
   WgmmaProblem problem{};
   problem.output.epilogue.output = output;
   problem.output.epilogue.w_scale = w.scale;
-  const Operand a{w.grid, Layout::kCodes, x, nullptr, nullptr, nullptr};
+  const Operand a{w.grid, Layout::kCodes, x, nullptr, nullptr, nullptr};  // of which only where it is matters: it is no codes
   const GemmTile tile = plan_widened_tile(output.m, output.n, k, device.sm_count);
   auto run_type = [&](auto mma, auto real) {
     using Mma = decltype(mma);
     using Real = decltype(real);
     auto run_as = [&](auto fragments) { run<Mma, decltype(fragments)>(op, tile, a, w, problem, k, device, stream); };
-    problem.value_mul = pair_of<Real>(map.mul);
-    problem.value_add = pair_of<Real>(map.add - RealNibbles<Real>::kBase * map.mul);
+    auto added = [&](int base) { return static_cast<float>(map.add - base * map.mul); };
+    problem.value_mul = pair_of<Real>(static_cast<float>(map.mul));
+    problem.value_add = pair_of<Real>(added(RealFragments<Real>::kBase));
     switch (w.layout) {
       case Layout::kPacked: return run_as(RealNibbles<Real>{});
       case Layout::kPlanes:
@@ -58,7 +48,7 @@ bool gemm_widened_wgmma(const char* op, const void* x, const Operand& w, const O
                                   : run_as(RealPlanes<Real, 3>{});
       default:
         problem.value_mul = float_bits(static_cast<float>(map.mul));
-        problem.value_add = float_bits(static_cast<float>(map.add));
+        problem.value_add = float_bits(added(RealBytes<Real>::kBase));
         return run_as(RealBytes<Real>{});
     }
   };

@@ -189,9 +189,10 @@ def gemm_weight_only(
     is faster), but for gauss, take x as fixed-point numbers of 16 bits (by weights of 8 bits: 15). A bfloat16 of at
     least 2^-6 (2^-5) of the largest magnitude in its 512 or 1024 columns is exact, a float16 of at least 2^-3 (2^-2),
     and what is smaller is off by about 2^-15 (2^-14) of the largest; a row with a NaN or an infinity gives NaN. More
-    rows meet weights of int grids that are widened to the dtype on their way to the tensor cores. Else, and on other
-    GPUs, more than 64 rows (32 where a thread block has less than 227 KB of shared memory) are multiplied by torch,
-    at its precision, with a weight [N, K] that is dequantized to the dtype; a bias is then a second rounding.
+    rows meet weights of all grids but gauss and fp4 that are widened to the dtype on their way to the tensor cores.
+    Else, and on other GPUs, more than 64 rows (32 where a thread block has less than 227 KB of shared memory) are
+    multiplied by torch, at its precision, with a weight [N, K] that is dequantized to the dtype; a bias is then a
+    second rounding.
     """
     return _op("gemm_weight_only")(x, w, w_scale, w_grid, w_layout, bias)
 

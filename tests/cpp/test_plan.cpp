@@ -32,6 +32,7 @@ TEST(Plan, FixedPointNumbers) {
   EXPECT_EQ(plan(bit, 8, 12288, 4096).cluster, 2);
   EXPECT_EQ(plan(bit, 8, 4096, 4096).cluster, 4);
   EXPECT_EQ(plan(bit, 8, 4096, 11008).cluster, 6);  // 11 units
+  EXPECT_EQ(plan(bit, 16, 2048, 5632).cluster, 6);  // 6 units
   EXPECT_EQ(plan(nibble, 8, 12288, 4096).cluster, 2);
   EXPECT_EQ(plan(nibble, 8, 4096, 4096).k_groups, 2);  // warpgroups that would have no tile share one
   EXPECT_EQ(plan(nibble, 16, 4096, 11008).cluster, 8);
@@ -88,6 +89,15 @@ TEST(Plan, FixedPointNumbers) {
   EXPECT_FALSE(plan_widened(bit, Layout::kPlanes, 256, 64, 136, 132));
   EXPECT_FALSE(plan_widened(nibble, Layout::kPacked, 300, 64, 44, 132));
   EXPECT_TRUE(plan_widened({GridKind::kInt, 8}, Layout::kCodes, 300, 64, 48, 132));
+  EXPECT_FALSE(plan_widened({GridKind::kInt, 8}, Layout::kCodes, 300, 64, 40, 132));
+  EXPECT_FALSE(plan_widened(nibble, Layout::kPacked, 64, 12288, 4096, 132));
+  EXPECT_FALSE(plan_widened(nibble, Layout::kPacked, 300, 0, 64, 132));
+  EXPECT_FALSE(plan_widened(nibble, Layout::kPacked, 300, 64, 0, 132));
+  EXPECT_TRUE(plan_widened({GridKind::kTernary, 2}, Layout::kPacked, 300, 64, 64, 132));
+  EXPECT_FALSE(plan_widened({GridKind::kIntZero, 2}, Layout::kPlanes, 300, 64, 128, 132));
+  EXPECT_TRUE(plan_widened({GridKind::kInt, 2}, Layout::kPlanes, 4096, 4096, 4096, 132));
+  EXPECT_FALSE(plan_widened({GridKind::kInt, 2}, Layout::kPlanes, 16384, 4096, 4096, 132));
+  EXPECT_EQ(plan_widened_tile(256, 12288, 4096, 132).block_n, 192);
   EXPECT_EQ(kernel({GridKind::kGauss, 4}, 4096, 90), "m128n128");
   EXPECT_EQ(kernel({GridKind::kFp4, 4}, 4096, 90), "m128n128");
   EXPECT_EQ(plan_weight_only(bit, 8, 12288, 4096, 90, 132).split_k, 2);

@@ -687,19 +687,33 @@ TEST_F(GemmWeightOnly, WholeNumbersAreExact) {
   }
 }
 
-// More rows than become fixed-point numbers: weights are widened on their way to the tensor cores.
+// More rows than become fixed-point numbers: weights are widened on their way to the tensor cores. Every tile, and several a block.
 TEST_F(GemmWeightOnly, ManyRows) {
   Random random(32);
-  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-    for (const Shape& s : {Shape{257, 70, 224}, Shape{300, 264, 96}, Shape{520, 200, 1152}, Shape{1300, 130, 640}, Shape{70, 12296, 128}}) {
-      for (const int32_t bits : {1, 2, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, s.m, s.n, s.k);
-      for (const Grid grid : {Grid{GridKind::kInt, 4}, Grid{GridKind::kIntZero, 4}}) {
-        check_weight_only(random, grid, Layout::kPacked, dtype, s.m, s.n, s.k);
-      }
-      for (const Grid grid : {Grid{GridKind::kInt, 7}, Grid{GridKind::kInt, 8}, Grid{GridKind::kIntZero, 8}}) {
-        check_weight_only(random, grid, Layout::kCodes, dtype, s.m, s.n, s.k);
-      }
+  struct Case {
+    Shape shape;
+    int32_t block_m, block_n;  // on 132 multiprocessors
+  };
+  for (const auto& [s, block_m, block_n] :
+       {Case{{257, 70, 224}, 128, 128}, Case{{300, 264, 136}, 128, 128}, Case{{520, 200, 1152}, 128, 128}, Case{{70, 24600, 64}, 128, 192},
+        Case{{2050, 2050, 72}, 128, 192}, Case{{2040, 2030, 72}, 256, 128}}) {
+    const cuda::Device device = cuda::current_device("ManyRows");
+    if (device.hopper_code && device.sm_count == 132) {
+      const GemmTile tile = plan_widened_tile(s.m, s.n, s.k, device.sm_count);
+      EXPECT_EQ(std::pair(tile.block_m, tile.block_n), std::pair(block_m, block_n));
+      EXPECT_TRUE(plan_widened({GridKind::kInt, 4}, Layout::kPacked, s.m, s.n, s.k / 32 * 32, device.sm_count));
     }
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      for (const int32_t bits : {1, 2, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, s.m, s.n, s.k);
+      check_weight_only(random, {GridKind::kInt, 4}, Layout::kPacked, dtype, s.m, s.n, s.k / 32 * 32);
+      check_weight_only(random, {GridKind::kInt, 8}, Layout::kCodes, dtype, s.m, s.n, s.k / 16 * 16);
+    }
+  }
+  for (const Grid grid : {Grid{GridKind::kIntZero, 4}, Grid{GridKind::kTernary, 2}}) {
+    check_weight_only(random, grid, Layout::kPacked, DType::kBFloat16, 300, 264, 96);
+  }
+  for (const Grid grid : {Grid{GridKind::kInt, 7}, Grid{GridKind::kIntZero, 8}}) {
+    check_weight_only(random, grid, Layout::kCodes, DType::kFloat16, 300, 264, 96);
   }
 }
 

@@ -103,6 +103,10 @@ TEST(Emulated, WidenedWeights) {
     EXPECT_EQ(tile.block_m, block_m);
     EXPECT_EQ(tile.block_n, block_n);
     check_weight_only(random, kInt4Grid, Layout::kPacked, DType::kBFloat16, s.m, s.n, s.k);
+    for (const int32_t bits : {1, 2}) {  // an odd number of steps too
+      check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, DType::kFloat16, s.m, s.n, s.k + 40);
+    }
+    check_weight_only(random, kInt8Grid, Layout::kCodes, DType::kFloat16, s.m, s.n, s.k);
   }
   emulated::multiprocessors = 3;
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
@@ -110,7 +114,9 @@ TEST(Emulated, WidenedWeights) {
       check_weight_only(random, kInt4Grid, Layout::kPacked, dtype, s.m, s.n, s.k);
     }
   }
-  check_weight_only(random, {GridKind::kIntZero, 4}, Layout::kPacked, DType::kBFloat16, 260, 65, 64);
+  for (const Grid grid : {Grid{GridKind::kIntZero, 4}, Grid{GridKind::kTernary, 2}}) {
+    check_weight_only(random, grid, Layout::kPacked, DType::kBFloat16, 260, 65, 64);
+  }
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (const int32_t bits : {1, 2, 3}) check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, dtype, 260, 65, 200);
     for (const Grid grid : {Grid{GridKind::kInt, 7}, kInt8Grid, Grid{GridKind::kIntZero, 8}}) {

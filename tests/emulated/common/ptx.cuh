@@ -54,8 +54,8 @@ void settle_global(T*&) {}
 inline uint32_t shared_add(uint32_t* shared, uint32_t value) { return atomicAdd(shared, value + threadIdx.x % emulated::kWarp); }
 inline uint32_t load_shared_16(uint32_t address) { return load<uint16_t>(emulated::block->shared + address); }
 inline uint32_t load_shared_32(uint32_t address) { return load<uint32_t>(emulated::block->shared + address); }
-inline uint4 load_shared_128(uint32_t address) { return load<uint4>(emulated::block->shared + address); }
 inline uint2 load_shared_64(uint32_t address) { return load<uint2>(emulated::block->shared + address); }
+inline uint4 load_shared_128(uint32_t address) { return load<uint4>(emulated::block->shared + address); }
 inline void cp_async_16(void* shared, const void* global, bool valid) {
   valid ? std::memcpy(shared, global, 16) : std::memset(shared, 0, 16);
 }
