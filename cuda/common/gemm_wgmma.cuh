@@ -49,7 +49,7 @@ struct WgmmaTile : Warpgroups<MULTIPLIERS_> {
                        A_BYTES = BLOCK_M * kStepRowBytes;
   static constexpr int STAGE_BYTES = W_BYTES + A_BYTES;
   static constexpr int STORES_BYTES = MULTIPLIERS * BUFFERS * Piece::BYTES;
-  static constexpr bool HAS_ROW_FACTORS = !std::is_same_v<typename Mma::Accumulator, float>;  // rows of real a have none
+  static constexpr bool HAS_ROW_FACTORS = !kRealSums<typename Mma::Accumulator>;
   static constexpr int FACTORS_BYTES = HAS_ROW_FACTORS ? MULTIPLIERS * BLOCK_M * static_cast<int>(sizeof(RowFactors)) : 0;
   static constexpr int OTHER_BYTES = STORES_BYTES + FACTORS_BYTES + 256;  // 256: the mbarriers
   static constexpr int STAGES = std::min((227 * 1024 - OTHER_BYTES) / STAGE_BYTES, 12);

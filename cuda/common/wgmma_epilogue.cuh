@@ -52,6 +52,10 @@ struct ColumnFactors {
   uint32_t part[2];
 };
 
+// Sums of real a, whose rows have no factors.
+template <typename Accumulator>
+inline constexpr bool kRealSums = std::is_same_v<Accumulator, float>;
+
 // Both are loaded before a main loop and looked at after it: until then memory has time.
 template <int BLOCK_M>
 class RowLoads {
@@ -81,7 +85,7 @@ class RowLoads {
   int32_t sum_[kRows];
 };
 
-struct NoRowLoads {  // of real sums
+struct NoRowLoads {  // where there are kRealSums
   __device__ __forceinline__ NoRowLoads(const TileOutput&, int) {}
 };
 
@@ -142,7 +146,7 @@ __device__ __forceinline__ void store_group(const TileOutput& output, const Accu
   const Output& y = output.epilogue.output;
   const int warp_n = first_n + threadIdx.x % kWarpgroup / 32 * 16;
   store_four(y, first_m, static_cast<int>(y.m), warp_n, adjacent, [&](int c) {
-    if constexpr (std::is_same_v<Accumulator, float>) {
+    if constexpr (kRealSums<Accumulator>) {
       return scaled(accumulators[c], 1.0f, column.scale[c / 2], column.bias[c / 2]);
     } else {
       const RowFactors& row = factors[threadIdx.x % 4 * 2 + c % 2];
@@ -166,13 +170,13 @@ __device__ __forceinline__ void write_piece(const TileOutput& output, const Accu
     float low[4], high[4];  // of this thread's pair of rows: in the first 8 of its two columns, then in the second
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      constexpr bool kReal = std::is_same_v<Accumulator, float>;  // then rows have no factors
-      const uint4 pair = kReal ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(factors + first + j + half * 8 + lane % 4 * 2);
+      const uint4 pair =
+          kRealSums<Accumulator> ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(factors + first + j + half * 8 + lane % 4 * 2);
       const int index = (first + j + half * 8) / 2;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         auto value = [&](Accumulator accumulator, uint32_t scale, uint32_t part) {
-          if constexpr (kReal) {
+          if constexpr (kRealSums<Accumulator>) {
             return scaled(accumulator, 1.0f, column.scale[i], column.bias[i]);
           } else {
             const uint32_t sum = mul * static_cast<uint32_t>(accumulator) + part + column.part[i];

@@ -23,7 +23,7 @@ WgmmaMaps wgmma_maps(const char* op, const Operand& a, const Operand& w, WgmmaPr
   const Output& output = problem.output.epilogue.output;
   const int64_t m = output.m, n = output.n;
   const bool planes = w.layout == Layout::kPlanes;
-  constexpr bool kReal = std::is_same_v<typename Tile::Mma::Accumulator, float>;
+  constexpr bool kReal = kRealSums<typename Tile::Mma::Accumulator>;
   const int64_t a_row_bytes = kReal ? 2 * k : row_bytes(a.layout, k), w_row_bytes = row_bytes(w.layout, w.index != nullptr ? k / 2 : k);
   problem.steps = {static_cast<int>((a_row_bytes + kStepRowBytes - 1) / kStepRowBytes), planes && !kReal ? a.grid.bits : 1,
                    planes && !kReal ? w.grid.bits : 1};

@@ -633,10 +633,13 @@ TEST_F(GemmWeightOnly, FewRowsByOnePlane) {
     for (const int64_t m : {1, 2, 4}) check_extremes(random, {GridKind::kInt, 1}, Layout::kPlanes, dtype, m, 70, 1032);
   }
   check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, DType::kBFloat16, 3, 160000, 1032);
-  // Clusters of 3, 5 and 6 blocks.
+  // Clusters of 3, 5 and 6 blocks, on 132 multiprocessors.
   for (const int64_t m : {8, 16, 27}) {
-    for (const int64_t k : {2056, 4104, 5632, 11008})
-      check_weight_only(random, {GridKind::kInt, 1}, Layout::kPlanes, DType::kBFloat16, m, 700, k);
+    for (const auto& [k, cluster] : {std::pair<int64_t, int32_t>{2056, 3}, {4104, 5}, {5632, 6}, {11008, 6}}) {
+      const Grid bit{GridKind::kInt, 1};
+      EXPECT_EQ(plan_fixed_split(bit, Layout::kPlanes, m, 700, k, 132).cluster, cluster);
+      check_weight_only(random, bit, Layout::kPlanes, DType::kBFloat16, m, 700, k);
+    }
   }
 }
 

@@ -100,8 +100,8 @@ TEST(Emulated, WidenedWeights) {
   for (const auto& [block_m, block_n, s] :
        {std::tuple{256, 128, Shape{400, 250, 96}}, std::tuple{128, 192, Shape{270, 380, 96}}, std::tuple{128, 128, Shape{258, 128, 96}}}) {
     const GemmTile tile = plan_widened_tile(s.m, s.n, s.k, emulated::multiprocessors);
-    EXPECT_EQ(tile.block_m, block_m);
-    EXPECT_EQ(tile.block_n, block_n);
+    ASSERT_EQ(std::tuple(tile.block_m, tile.block_n), std::tuple(block_m, block_n));
+    ASSERT_TRUE(plan_widened(kInt4Grid, Layout::kPacked, s.m, s.n, s.k, emulated::multiprocessors));
     check_weight_only(random, kInt4Grid, Layout::kPacked, DType::kBFloat16, s.m, s.n, s.k);
     for (const int32_t bits : {1, 2}) {  // an odd number of steps too
       check_weight_only(random, {GridKind::kInt, bits}, Layout::kPlanes, DType::kFloat16, s.m, s.n, s.k + 40);
@@ -123,6 +123,7 @@ TEST(Emulated, WidenedWeights) {
       check_weight_only(random, grid, Layout::kCodes, dtype, 260, 65, 176);
     }
   }
+  check_rows_without_numbers(random, kInt4Grid, Layout::kPacked, DType::kBFloat16, 258, 66, 96);
 }
 
 TEST(Emulated, FixedPointExtremes) {
